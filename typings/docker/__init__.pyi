@@ -1,0 +1,3 @@
+# Only what the adapters use of docker-py 7.
+
+from docker.api.client import APIClient as APIClient

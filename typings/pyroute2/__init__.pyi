@@ -1,0 +1,1 @@
+"""Only what agent/kernel uses of pyroute2: its message classes."""
