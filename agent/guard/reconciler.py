@@ -1,0 +1,221 @@
+"""The loop for one overlay namespace: join record and engine, compare with the table there, replace it.
+
+Level-triggered as the loop of tasks is, and apart from it, with a mirror, a queue and a thread of its own: a task that
+takes long to set up must not hold up the guard, which has to be there before the task's first packet. A table that is
+there stays until a manager's record says that its network needs none: an agent that is away, an engine that does not
+answer, a store that was wiped and a record that was deleted take nothing away.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from agent.book import Book
+from agent.guard.desired import LocalNetwork, guard
+from agent.guard.render import SHUT, Closed, Count, Rules, render
+from agent.kernel.overlay import Overlays, Space, is_of
+from hivewire import logs
+from hivewire.errors import KernelBusy, NamespaceGone
+from hivewire.ids import NetworkId
+from hivewire.records import GUARDS, MESH_KEY, GuardRecord
+from hivewire.store.api import Store
+from hivewire.store.mirror import Mirror
+from hivewire.workqueue import WorkQueue
+
+#: The engine makes a namespace's file, and mounts the namespace over it a moment later.
+MOUNT_S: Final = 0.5
+_GLANCE_S: Final = 0.001
+#: A container is there before the engine names its networks, and tells nobody when it does.
+FORMING_S: Final = 0.03
+
+
+class Networks(Protocol):
+    """What the loop asks of the engine."""
+
+    def network(self, network: NetworkId, name: str) -> LocalNetwork: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one pass did, in the words of its log line."""
+
+    file: str
+    summary: str
+    network: str = ""
+    ops: tuple[str, ...] = ()
+    since_created_s: float | None = None
+    """From the first sign of the namespace to its guard being in place; only where this pass put it there."""
+
+
+class GuardReconciler:
+    """Thread-safe. Work comes as the file names of overlay namespaces."""
+
+    def __init__(
+        self,
+        *,
+        networks: Networks,
+        overlays: Overlays,
+        store: Store,
+        queue: WorkQueue[str],
+        book: Book,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        notes: Callable[[str, Space], None] = lambda _file, _space: None,
+    ) -> None:
+        """``notes`` takes down what the guard of a file's namespace noted, before its table is replaced."""
+        self._notes = notes
+        self._networks = networks
+        self._overlays = overlays
+        self._queue = queue
+        self._book = book
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._log = logs.get()
+        self._lock = threading.Lock()
+        self._created: dict[str, float] = {}
+        self.mirror = Mirror(store, self.on_records, clock=monotonic)
+        for prefix in (MESH_KEY, GUARDS):
+            self.mirror.follow(prefix)
+
+    # What happened: all but on_created only mark namespaces to be looked at.
+
+    def on_records(self, prefix: str, changed_keys: frozenset[str], complete: bool) -> None:
+        """Called by the mirror."""
+        items = self.mirror.items(prefix)
+        values = {key: (items[key].value if key in items else None) for key in changed_keys}
+        self._book.update(prefix, values, listed=complete, now=self._monotonic())
+        self._add_all()
+
+    def on_network(self, network: NetworkId | None) -> None:
+        """Something of the network changed on this node; None: of any."""
+        for file in self._overlays.list():
+            if network is None or is_of(file, network):
+                self._queue.add(file)
+
+    def on_created(self, file: str) -> Outcome | None:
+        """A file is new. What is strict is shut here and now, for that needs no answer of the engine.
+
+        Raises NamespaceGone, KernelBusy, Unsupported; None where nothing was done.
+        """
+        if file not in self._overlays.list():
+            return None
+        with self._lock:
+            self._created[file] = self._monotonic()
+        try:
+            record = self._record(file)
+            if record is None or not record.strict:
+                return None
+            with self._opened(file) as space:
+                if space.observe().digest:
+                    return None
+                return self._apply(file, record, space, SHUT, {})
+        finally:
+            self._queue.add(file)
+
+    def resync(self) -> None:
+        """Look at every overlay namespace again."""
+        if self._book.expire(self._monotonic()):
+            self._log.info("guards.expired")
+        self._add_all()
+
+    # One pass.
+
+    def reconcile(self, file: str) -> Outcome:
+        """Raises SwarmUnavailable, NamespaceGone, KernelBusy, Unsupported; what is in place then stays."""
+        if file not in self._overlays.list():
+            with self._lock:
+                self._created.pop(file, None)
+            return Outcome(file, "is gone")
+        record = self._record(file)
+        if record is None:  # a deletion says nothing: whoever gets at etcd can delete
+            return Outcome(file, "no guard known")
+        if not (record.strict or record.enforced):
+            return self._release(file)
+        with self._opened(file) as space:
+            observed = space.observe()
+            digest, ops = observed.digest, []
+            if record.strict and not digest:
+                shut = self._apply(file, record, space, SHUT, {})
+                ops, digest = list(shut.ops), render(SHUT)[1]
+            local = self._networks.network(record.network, record.name)
+            if local.is_forming:
+                self._queue.add_after(file, FORMING_S)
+            rules = guard(record, local, observed.macs)
+            if render(rules)[1] == digest:
+                return Outcome(file, "guarded" if ops else "in order", record.name, tuple(ops))
+            if observed.digest:
+                self._save_notes(file, space)
+            done = self._apply(file, record, space, rules, observed.counts)
+            since_created_s = done.since_created_s if not observed.digest else None
+            return Outcome(file, done.summary, record.name, (*ops, *done.ops), since_created_s)
+
+    def counts(self) -> dict[str, dict[str, Count]]:
+        """What the guard dropped, by file and counter, since its table is there."""
+        found = {}
+        for file in sorted(self._overlays.list()):
+            with contextlib.suppress(NamespaceGone), self._overlays.open(file) as space:
+                if counts := space.observe().counts:
+                    found[file] = dict(counts)
+        return found
+
+    def read_notes(self) -> None:
+        """Take down what the guard noted on every network of this node."""
+        for file in sorted(self._overlays.list()):
+            with contextlib.suppress(NamespaceGone), self._overlays.open(file) as space:
+                self._save_notes(file, space)
+
+    def _save_notes(self, file: str, space: Space) -> None:
+        """What cannot be read now holds nothing up."""
+        with contextlib.suppress(KernelBusy):
+            self._notes(file, space)
+
+    def _release(self, file: str) -> Outcome:
+        with self._opened(file) as space:
+            if not space.observe().digest:
+                return Outcome(file, "not guarded")
+            self._save_notes(file, space)
+            space.remove()
+        return Outcome(file, "no longer guarded", ops=("remove the guard",))
+
+    def _apply(
+        self, file: str, record: GuardRecord, space: Space, rules: Rules, counts: Mapping[str, Count]
+    ) -> Outcome:
+        space.apply(render(rules)[0], counts)
+        age_s = self._age_s(file)
+        return Outcome(file, "guarded", record.name, (_words(rules),), None if age_s is None else round(age_s, 4))
+
+    def _record(self, file: str) -> GuardRecord | None:
+        return next((r for r in self._book.below(GuardRecord, GUARDS) if is_of(file, r.network)), None)
+
+    @contextlib.contextmanager
+    def _opened(self, file: str) -> Iterator[Space]:
+        """Open the namespace; a fresh one is waited for until it is mounted. Raises NamespaceGone."""
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    space = stack.enter_context(self._overlays.open(file))
+                    break
+                except NamespaceGone:
+                    age_s = self._age_s(file)
+                    if age_s is None or age_s > MOUNT_S:
+                        raise
+                    self._sleep(_GLANCE_S)
+            yield space
+
+    def _age_s(self, file: str) -> float | None:
+        with self._lock:
+            created = self._created.get(file)
+        return None if created is None else self._monotonic() - created
+
+    def _add_all(self) -> None:
+        for file in self._overlays.list():
+            self._queue.add(file)
+
+
+def _words(rules: Rules) -> str:
+    """The rules for a log line."""
+    addresses = ", ".join(map(str, rules.addresses)) or "nothing"
+    return f"close {addresses}" if isinstance(rules, Closed) else f"open only {addresses}"

@@ -1,0 +1,178 @@
+"""The node's overlay namespaces: find them, read what is in one, replace the guard's table there.
+
+Docker's overlay driver keeps one namespace per network and node while a task is there, as a file named ``<n>-<first
+ten characters of the network's id>``, where n counts up. Load balancers (``lb_...``), the ingress sandbox and the
+namespaces of tasks have other names. Facts: libnetwork drivers/overlay/ov_network.go; linux/neighbour.h, nf_tables.h.
+"""
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from agent.guard.render import COUNTERS, UPLINK, Count, counting_on
+from agent.kernel import namespace as namespaces
+from agent.kernel import nftables, rtnetlink
+from agent.kernel.api import Namespace
+from agent.kernel.node import translated
+from agent.kernel.rtnetlink import Calls, Netlink, Request, attributes
+from agent.observed import NotedCounters, NotedEntry
+from hivewire.ids import NetworkId, TaskId
+
+_NAME: Final = re.compile(r"[0-9]+-([0-9a-z]{10})")
+_ID_CHARACTERS: Final = 10
+
+_AF_BRIDGE: Final = 7
+_RTM_GETNEIGH: Final = 30
+_NDA_LLADDR: Final = 2
+_NDM_AT: Final = 16
+_NDM: Final = struct.Struct("=BxxxiHBB")
+_NUD_PERMANENT: Final = 0x80
+"""Of the ports themselves, and of what the overlay driver adds."""
+
+_NFNL_SUBSYS_NFTABLES: Final = 10
+_NFT_MSG_GETOBJ: Final = 19
+_NFTA_OBJ_TABLE: Final = 1
+_NFTA_OBJ_NAME: Final = 2
+_NFTA_OBJ_DATA: Final = 4
+_NFTA_COUNTER_BYTES: Final = 1
+_NFTA_COUNTER_PACKETS: Final = 2
+_BODY_AT: Final = 20
+
+_RESET: Final = f"add table bridge {nftables.TABLE}\ndelete table bridge {nftables.TABLE}\n"
+
+
+def is_of(file: str, network: NetworkId) -> bool:
+    """Whether the file is of an overlay namespace of this network."""
+    found = _NAME.fullmatch(file)
+    return found is not None and found[1] == network[:_ID_CHARACTERS]
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedOverlay:
+    """What an overlay namespace holds."""
+
+    digest: str = ""
+    """Of the guard's table; empty where there is none."""
+    counts: Mapping[str, Count] = field(default_factory=dict)
+    macs: frozenset[str] = frozenset()
+    """Hardware addresses that the bridge learned behind local ports. Its memory of a port goes with the port."""
+
+
+class Space(Protocol):
+    """An overlay namespace held open for a moment, by one thread."""
+
+    def observe(self) -> ObservedOverlay:
+        """Read what is there. Raises KernelBusy, NoPermission."""
+
+    def apply(self, text: str, counts: Mapping[str, Count]) -> None:
+        """Replace the guard's table in one transaction. Raises NamespaceGone, KernelBusy, NoWireGuard without nft."""
+
+    def remove(self) -> None:
+        """Leave no table of the guard. Raises as ``apply`` does."""
+
+    def noted_counters(self) -> NotedCounters:
+        """How much the guard noted since its table is there. Raises KernelBusy."""
+
+    def noted_entries(self, name: str) -> tuple[NotedEntry, ...]:
+        """What is in the set of this name. Raises KernelBusy."""
+
+
+class Overlays(Protocol):
+    """The overlay namespaces of this node."""
+
+    def list(self) -> frozenset[str]:
+        """Their files; empty where the folder cannot be read."""
+
+    def open(self, file: str) -> contextlib.AbstractContextManager[Space]:
+        """Raises NamespaceGone where the file is no namespace, or not yet."""
+
+
+class OverlayNamespaces:
+    """Implements Overlays. For all threads."""
+
+    def __init__(self, folder: Path, calls: Calls | None = None) -> None:
+        self._folder = folder
+        self._calls = calls or Calls()
+
+    def list(self) -> frozenset[str]:
+        try:
+            return frozenset(name for name in os.listdir(self._folder) if _NAME.fullmatch(name))
+        except OSError:
+            return frozenset()
+
+    @contextlib.contextmanager
+    def open(self, file: str) -> Iterator[Space]:
+        # It is of a network, not of a task; nobody asks for that part of it.
+        namespace = namespaces.identify(TaskId(""), str(self._folder / file))
+        with contextlib.ExitStack() as stack:
+
+            def enter() -> tuple[Netlink, Netlink]:
+                opened = []
+                for family in (rtnetlink.NETLINK_ROUTE, rtnetlink.NETLINK_NETFILTER):
+                    opened.append(Netlink(family, self._calls))
+                    stack.callback(opened[-1].close)
+                return opened[0], opened[1]
+
+            with translated("open the overlay namespace"):
+                routes, tables = namespaces.run_in(namespace, enter)
+            yield _Space(namespace, routes, tables)
+
+
+class _Space:
+    def __init__(self, namespace: Namespace, routes: Netlink, tables: Netlink) -> None:
+        self._namespace = namespace
+        self._routes = routes
+        self._tables = tables
+
+    def observe(self) -> ObservedOverlay:
+        with translated("observe the overlay namespace"):
+            digest = nftables.digest(self._tables)
+            return ObservedOverlay(digest, _counts(self._tables) if digest else {}, _macs(self._routes))
+
+    def apply(self, text: str, counts: Mapping[str, Count]) -> None:
+        self._nft(_RESET + counting_on(text, counts))
+
+    def remove(self) -> None:
+        self._nft(_RESET)
+
+    def noted_counters(self) -> NotedCounters:
+        with translated("read the counters of the guard"):
+            return nftables.counters(self._tables, _AF_BRIDGE)
+
+    def noted_entries(self, name: str) -> tuple[NotedEntry, ...]:
+        with translated(f"read what the guard noted as {name}"):
+            return nftables.entries(self._tables, name, _AF_BRIDGE)
+
+    def _nft(self, transaction: str) -> None:
+        namespaces.run_in(self._namespace, lambda: nftables.apply(transaction))
+
+
+def _counts(tables: Netlink) -> dict[str, Count]:
+    kind = _NFNL_SUBSYS_NFTABLES << 8 | _NFT_MSG_GETOBJ
+    counts = {}
+    for message in tables.dump(Request(kind, struct.pack("=BBH", _AF_BRIDGE, 0, 0))):
+        found = dict(attributes(message, _BODY_AT))
+        table, name = (found.get(key, b"").rstrip(bytes(1)).decode() for key in (_NFTA_OBJ_TABLE, _NFTA_OBJ_NAME))
+        if table == nftables.TABLE and name in COUNTERS:
+            numbers = dict(attributes(found.get(_NFTA_OBJ_DATA, b""), 0))
+            packets, octets = (
+                int.from_bytes(numbers.get(key, b"")) for key in (_NFTA_COUNTER_PACKETS, _NFTA_COUNTER_BYTES)
+            )
+            counts[name] = Count(packets, octets)
+    return counts
+
+
+def _macs(routes: Netlink) -> frozenset[str]:
+    uplinks = {link.index for link in rtnetlink.links(routes).values() if link.name.startswith(UPLINK.rstrip("*"))}
+    found = set()
+    for message in routes.dump(Request(_RTM_GETNEIGH, _NDM.pack(_AF_BRIDGE, 0, 0, 0, 0))):
+        _, index, state, _, _ = _NDM.unpack_from(message, _NDM_AT)
+        mac = dict(attributes(message, _NDM_AT + _NDM.size)).get(_NDA_LLADDR, b"")
+        if index not in uplinks and not state & _NUD_PERMANENT and len(mac) == 6:
+            found.add(mac.hex(":"))
+    return frozenset(found)

@@ -1,0 +1,442 @@
+"""Netlink sockets, and what both backends ask of them: links, addresses and routes.
+
+The sockets are our own, because a socket belongs to the namespace that its thread was in when it was made; pyroute2
+gives the messages. Facts: netlink(7), rtnetlink(7), linux/rtnetlink.h, linux/if_link.h.
+"""
+
+import errno
+import itertools
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Final
+
+from pyroute2.netlink import nlmsg
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from agent.ops import AddRoute, RemoveRoute, Route
+from hivewire.errors import HivewireError, KernelBusy, NoPermission
+
+# linux/netlink.h
+NETLINK_ROUTE: Final = 0
+NETLINK_NETFILTER: Final = 12
+NETLINK_GENERIC: Final = 16
+_SOL_NETLINK: Final = 270
+_NETLINK_CAP_ACK: Final = 10
+_NETLINK_EXT_ACK: Final = 11
+_NETLINK_GET_STRICT_CHK: Final = 12
+_NLMSG_ERROR: Final = 2
+_NLMSG_DONE: Final = 3
+NLM_F_REQUEST: Final = 1
+NLM_F_ACK: Final = 4
+NLM_F_DUMP: Final = 0x300
+NLM_F_REPLACE: Final = 0x100
+NLM_F_EXCL: Final = 0x200
+NLM_F_CREATE: Final = 0x400
+_NLM_F_DUMP_INTR: Final = 0x10
+_NLM_F_ACK_TLVS: Final = 0x200
+_NLMSGERR_ATTR_MSG: Final = 1
+
+# linux/rtnetlink.h
+_RTM_NEWLINK: Final = 16
+_RTM_DELLINK: Final = 17
+_RTM_GETLINK: Final = 18
+_RTM_SETLINK: Final = 19
+_RTM_GETADDR: Final = 22
+_RTM_NEWROUTE: Final = 24
+_RTM_DELROUTE: Final = 25
+_RTM_GETROUTE: Final = 26
+_RT_TABLE_MAIN: Final = 254
+_RTPROT_STATIC: Final = 4
+_RT_SCOPE_LINK: Final = 253
+_RT_SCOPE_NOWHERE: Final = 255
+_RTN_UNICAST: Final = 1
+_RTEXT_FILTER_SKIP_STATS: Final = 8
+
+_IFF_UP: Final = 1
+_IFF_LOOPBACK: Final = 8
+
+# linux/if_link.h and linux/ip.h, for what pyroute2 has no class for.
+_IFLA_LINKINFO: Final = 18
+_IFLA_INFO_DATA: Final = 2
+_IFLA_TUN_VNET_HDR: Final = 5
+_LINK_ATTRIBUTES_AT: Final = 32
+"""Netlink header (16 bytes) and struct ifinfomsg (16 bytes)."""
+_IFLA_AF_SPEC: Final = 26
+_IFLA_INET_CONF: Final = 1
+_IPV4_DEVCONF_RP_FILTER: Final = 8
+_NLA_F_NESTED: Final = 0x8000
+_LOOSE: Final = 2
+
+_HEADER: Final = struct.Struct("=IHHII")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+# Seconds that the kernel may take for one answer; it waits for the RTNL lock of all namespaces.
+_PATIENCE_S: Final = 10
+# Acknowledgements of one datagram must fit into the receive buffer (212,992 bytes by default, under 1 KB each).
+_BATCH: Final = 100
+_TRIES: Final = 3
+
+
+class Calls:
+    """Counts the requests to the kernel and to userspace devices; for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def add(self, count: int = 1) -> None:
+        with self._lock:
+            self._count += count
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A netlink message without its header."""
+
+    kind: int
+    body: bytes
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface. ``kind`` is empty for hardware."""
+
+    index: int
+    name: str
+    kind: str
+    alias: str
+    mtu: int
+    is_up: bool
+    is_loopback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    address: IPv4Address
+    index: int
+    """Of its interface."""
+
+
+class Netlink:
+    """A socket of one netlink family, in the namespace of the thread that makes it. One thread at a time."""
+
+    def __init__(self, family: int, calls: Calls) -> None:
+        self._calls = calls
+        self._numbers = itertools.count(1)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
+        patience = struct.pack("@ll", _PATIENCE_S, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+        for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
+            try:
+                self._socket.setsockopt(_SOL_NETLINK, option, 1)
+            except OSError:
+                # Kernels before 4.20 lack the last one; what it filters is filtered again here.
+                continue
+        self._socket.bind((0, 0))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def dump(self, request: Request) -> list[bytes]:
+        """All messages of a dump, headers included. Raises OSError, KernelBusy if it keeps changing meanwhile."""
+        for _ in range(_TRIES):
+            (number,) = self._send([Request(request.kind, request.body, NLM_F_DUMP)])
+            messages, whole = self._collect(number)
+            if whole:
+                return messages
+        raise KernelBusy("the kernel's tables change faster than they can be read")
+
+    def ask(self, request: Request) -> list[bytes]:
+        """Send one request and return what comes before its acknowledgement. Raises OSError."""
+        (number,) = self._send([Request(request.kind, request.body, request.flags | NLM_F_ACK)])
+        messages, _ = self._collect(number)
+        return messages
+
+    def ask_all(self, requests: Sequence[Request]) -> list[OSError | None]:
+        """Send many requests, a datagram per hundred; the answer has the outcome of each. Raises OSError."""
+        outcomes: list[OSError | None] = []
+        for start in range(0, len(requests), _BATCH):
+            batch = requests[start : start + _BATCH]
+            for number in self._send([Request(r.kind, r.body, r.flags | NLM_F_ACK) for r in batch]):
+                try:
+                    self._collect(number)
+                except OSError as error:
+                    outcomes.append(error)
+                else:
+                    outcomes.append(None)
+        return outcomes
+
+    def _send(self, requests: Sequence[Request]) -> list[int]:
+        numbers, parts = [], []
+        for request in requests:
+            number = next(self._numbers)
+            size = _HEADER.size + len(request.body)
+            parts.append(_HEADER.pack(size, request.kind, request.flags | NLM_F_REQUEST, number, 0))
+            parts.append(request.body + bytes(-size % 4))
+            numbers.append(number)
+        self._calls.add(len(requests))
+        self._socket.send(b"".join(parts))
+        return numbers
+
+    def _collect(self, number: int) -> tuple[list[bytes], bool]:
+        messages: list[bytes] = []
+        whole = True
+        while True:
+            # A dump never has longer pieces than 32 KiB (netlink_dump in net/netlink/af_netlink.c).
+            for kind, flags, sequence, message in _split(self._socket.recv(65536)):
+                if sequence != number:
+                    continue
+                whole = whole and not flags & _NLM_F_DUMP_INTR
+                if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                    _raise_error(message, flags)
+                    return messages, whole
+                messages.append(message)
+
+
+def translate(error: OSError, doing: str) -> HivewireError:
+    """Our error for what the kernel answered."""
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return NoPermission(f"{doing}: not permitted; give the agent CAP_NET_ADMIN")
+    if error.errno == errno.EAGAIN:
+        return KernelBusy(f"{doing}: the kernel did not answer within {_PATIENCE_S} s")
+    return KernelBusy(f"{doing}: {error.strerror or error}")
+
+
+def _split(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        size, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
+        if size < _HEADER.size:
+            return
+        yield kind, flags, sequence, data[offset : offset + size]
+        offset += (size + 3) & ~3
+
+
+def _raise_error(message: bytes, flags: int) -> None:
+    if len(message) < _HEADER.size + 4:
+        return
+    (code,) = struct.unpack_from("=i", message, _HEADER.size)
+    if code == 0:
+        return
+    text = os.strerror(-code)
+    if flags & _NLM_F_ACK_TLVS:
+        for kind, value in attributes(message, _HEADER.size + 4 + _HEADER.size):
+            if kind == _NLMSGERR_ATTR_MSG:
+                text = f"{text} ({value.rstrip(bytes(1)).decode(errors='replace')})"
+    raise OSError(-code, text)
+
+
+def attributes(data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    """The attributes from an offset on, nested ones as they are."""
+    while offset + _ATTRIBUTE.size <= len(data):
+        size, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if size < _ATTRIBUTE.size:
+            return
+        yield kind & 0x3FFF, data[offset + _ATTRIBUTE.size : offset + size]
+        offset += (size + 3) & ~3
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute, padded."""
+    size = _ATTRIBUTE.size + len(value)
+    return _ATTRIBUTE.pack(size, kind) + value + bytes(-size % 4)
+
+
+def body(message: nlmsg) -> bytes:
+    """A message of pyroute2 as bytes, without its header."""
+    message.encode()
+    return bytes(message.data[_HEADER.size :])
+
+
+# -- links ------------------------------------------------------------------------------------------------------
+
+
+def links(netlink: Netlink) -> dict[int, Link]:
+    """All interfaces by index. Raises OSError, KernelBusy."""
+    message = ifinfmsg()
+    message["attrs"] = [("IFLA_EXT_MASK", _RTEXT_FILTER_SKIP_STATS)]
+    found = (_link(data) for data in netlink.dump(Request(_RTM_GETLINK, body(message))))
+    return {link.index: link for link in found}
+
+
+def link_named(netlink: Netlink, name: str) -> Link | None:
+    """The interface of that name, None where there is none. Raises OSError."""
+    message = ifinfmsg()
+    message["attrs"] = [("IFLA_IFNAME", name), ("IFLA_EXT_MASK", _RTEXT_FILTER_SKIP_STATS)]
+    try:
+        (data, *_) = netlink.ask(Request(_RTM_GETLINK, body(message)))
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    return _link(data)
+
+
+def tun_has_offload(netlink: Netlink, name: str) -> bool | None:
+    """Whether packets of a TUN carry the header of virtio_net; None where there is no such TUN. Raises OSError."""
+    message = ifinfmsg()
+    message["attrs"] = [("IFLA_IFNAME", name)]
+    try:
+        (data, *_) = netlink.ask(Request(_RTM_GETLINK, body(message)))
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    info = dict(attributes(dict(attributes(data, _LINK_ATTRIBUTES_AT)).get(_IFLA_LINKINFO, b""), 0))
+    flag = dict(attributes(info.get(_IFLA_INFO_DATA, b""), 0)).get(_IFLA_TUN_VNET_HDR)
+    return None if flag is None else flag != bytes(1)
+
+
+def add_link(netlink: Netlink, name: str, kind: str, mtu: int = 0, namespace_fd: int | None = None) -> None:
+    """Make an interface, down, in the socket's namespace or in another one. Raises OSError."""
+    message = ifinfmsg()
+    message["attrs"] = [("IFLA_IFNAME", name), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]
+    if mtu:
+        message["attrs"].append(("IFLA_MTU", mtu))
+    if namespace_fd is not None:
+        message["attrs"].append(("IFLA_NET_NS_FD", namespace_fd))
+    netlink.ask(Request(_RTM_NEWLINK, body(message), NLM_F_CREATE | NLM_F_EXCL))
+
+
+def change_link(
+    netlink: Netlink,
+    index: int,
+    *,
+    name: str = "",
+    alias: str = "",
+    mtu: int = 0,
+    up: bool | None = None,
+    namespace_fd: int | None = None,
+) -> None:
+    """Change what is given, in one message. Raises OSError."""
+    message = ifinfmsg()
+    message["index"] = index
+    given = (("IFLA_IFNAME", name), ("IFLA_IFALIAS", alias), ("IFLA_MTU", mtu))
+    message["attrs"] = [(key, value) for key, value in given if value]
+    if namespace_fd is not None:
+        message["attrs"].append(("IFLA_NET_NS_FD", namespace_fd))
+    if up is not None:
+        message["change"] = _IFF_UP
+        message["flags"] = _IFF_UP if up else 0
+    netlink.ask(Request(_RTM_SETLINK, body(message)))
+
+
+def loosen_source_check(netlink: Netlink, index: int) -> None:
+    """Set rp_filter of an interface to 2, loose: for IPv4 the larger of this and the one for all counts.
+
+    While a link of two tasks is being switched over, one direction comes through WireGuard and the other one does
+    not. /proc/sys is read-only in a service container, so it goes through IFLA_INET_CONF (inet_set_link_af in
+    net/ipv4/devinet.c). Raises OSError.
+    """
+    conf = attribute(_IPV4_DEVCONF_RP_FILTER, struct.pack("=I", _LOOSE))
+    inet = attribute(socket.AF_INET | _NLA_F_NESTED, attribute(_IFLA_INET_CONF | _NLA_F_NESTED, conf))
+    header = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0)
+    netlink.ask(Request(_RTM_SETLINK, header + attribute(_IFLA_AF_SPEC | _NLA_F_NESTED, inet)))
+
+
+def remove_link(netlink: Netlink, index: int) -> None:
+    """Remove an interface; it is no error if it is gone. Raises OSError."""
+    message = ifinfmsg()
+    message["index"] = index
+    try:
+        netlink.ask(Request(_RTM_DELLINK, body(message)))
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+
+
+def _link(data: bytes) -> Link:
+    message = ifinfmsg(data)
+    message.decode()
+    info = message.get_attr("IFLA_LINKINFO")
+    return Link(
+        index=message["index"],
+        name=message.get_attr("IFLA_IFNAME"),
+        kind=(info.get_attr("IFLA_INFO_KIND") or "") if info is not None else "",
+        alias=message.get_attr("IFLA_IFALIAS") or "",
+        mtu=message.get_attr("IFLA_MTU") or 0,
+        is_up=bool(message["flags"] & _IFF_UP),
+        is_loopback=bool(message["flags"] & _IFF_LOOPBACK),
+    )
+
+
+# -- addresses --------------------------------------------------------------------------------------------------
+
+
+def addresses(netlink: Netlink) -> list[Address]:
+    """All IPv4 addresses of the namespace. Raises OSError, KernelBusy."""
+    message = ifaddrmsg()
+    message["family"] = socket.AF_INET
+    return [_address(data) for data in netlink.dump(Request(_RTM_GETADDR, body(message)))]
+
+
+def _address(data: bytes) -> Address:
+    message = ifaddrmsg(data)
+    message.decode()
+    # The peer of a point-to-point address stands in IFA_ADDRESS, our own end in IFA_LOCAL.
+    own = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+    return Address(IPv4Address(own), message["index"])
+
+
+# -- routes -----------------------------------------------------------------------------------------------------
+
+
+def routes(netlink: Netlink, index: int) -> frozenset[Route]:
+    """The routes of the main table that leave through an interface with a source. Raises OSError, KernelBusy."""
+    message = rtmsg()
+    message["family"] = socket.AF_INET
+    message["table"] = _RT_TABLE_MAIN
+    message["attrs"] = [("RTA_TABLE", _RT_TABLE_MAIN), ("RTA_OIF", index)]
+    found = (_route(data, index) for data in netlink.dump(Request(_RTM_GETROUTE, body(message))))
+    return frozenset(route for route in found if route is not None)
+
+
+def change_routes(netlink: Netlink, index: int, ops: Sequence[AddRoute | RemoveRoute]) -> None:
+    """Carry the operations out in order; a route to the same destination is replaced. Raises the first OSError."""
+    outcomes = netlink.ask_all([_route_request(op, index) for op in ops])
+    for op, error in zip(ops, outcomes, strict=True):
+        if error is not None and not (isinstance(op, RemoveRoute) and error.errno == errno.ESRCH):
+            raise OSError(error.errno, f"{op}: {error.strerror}") from error
+
+
+def _route_request(op: AddRoute | RemoveRoute, index: int) -> Request:
+    if isinstance(op, RemoveRoute):
+        return Request(_RTM_DELROUTE, _route_body(op.route, index, _RT_SCOPE_NOWHERE))
+    return Request(_RTM_NEWROUTE, _route_body(op.route, index, _RT_SCOPE_LINK), NLM_F_CREATE | NLM_F_REPLACE)
+
+
+def _route_body(route: Route, index: int, scope: int) -> bytes:
+    message = rtmsg()
+    message["family"] = socket.AF_INET
+    message["dst_len"] = route.destination.prefixlen
+    message["table"] = _RT_TABLE_MAIN
+    message["proto"] = _RTPROT_STATIC
+    message["scope"] = scope
+    message["type"] = _RTN_UNICAST
+    message["attrs"] = [
+        ("RTA_DST", str(route.destination.network_address)),
+        ("RTA_OIF", index),
+        ("RTA_PREFSRC", str(route.source)),
+    ]
+    return body(message)
+
+
+def _route(data: bytes, index: int) -> Route | None:
+    message = rtmsg(data)
+    message.decode()
+    source = message.get_attr("RTA_PREFSRC")
+    if message["table"] != _RT_TABLE_MAIN or message.get_attr("RTA_OIF") != index or source is None:
+        return None
+    destination = message.get_attr("RTA_DST") or "0.0.0.0"
+    return Route(IPv4Network(f"{destination}/{message['dst_len']}"), IPv4Address(source))
