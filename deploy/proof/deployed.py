@@ -1,0 +1,179 @@
+"""Hivewire and the demo, deployed in a lab: what an operator does by hand, as functions."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lab.errors import CommandFailed, LabError
+from lab.images import Images
+from lab.lab import Lab
+
+DEPLOY = Path(__file__).resolve().parent.parent
+STACK = "hivewire"
+DEMO = "demo"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Task:
+    """A running container of a task, and where it runs."""
+
+    service: str
+    name: str
+    node: str
+    container: str
+    task: str
+
+
+class Deployed:
+    """Commands go to the engine of the first manager; containers are reached on their own node."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.manager = lab.nodes[0].name
+
+    # Stacks and services.
+
+    def deploy(self, images: Images, **environment: str) -> None:
+        """Deploy Hivewire as the README says, and wait until its controller answers."""
+        env = {"HIVEWIRE_IMAGE": images.hivewire, **environment}
+        self.docker("stack", "deploy", "-c", str(DEPLOY / "stack.yml"), STACK, env=env)
+
+    def deploy_demo(self, images: Images) -> None:
+        env = {"HIVEWIRE_DEMO_IMAGE": images.demo}
+        self.docker("stack", "deploy", "-c", str(DEPLOY / "demo" / "stack.yml"), DEMO, env=env)
+
+    def remove(self, stack: str) -> None:
+        self.docker("stack", "rm", stack)
+        wait_for(f"stack {stack} gone", lambda: not self._stack_tasks(stack), 60)
+
+    def update(self, service: str, *arguments: str) -> float:
+        """``docker service update``; returns the Unix time at which the command came back."""
+        self.docker("service", "update", "--detach", *arguments, service)
+        return time.time()
+
+    def scale(self, service: str, replicas: int) -> None:
+        self.docker("service", "scale", "--detach", f"{service}={replicas}")
+        wait_for(f"{replicas} tasks of {service}", lambda: len(self.tasks(service)) == replicas, 90)
+
+    def tasks(self, service: str) -> list[Task]:
+        """The running containers of a service, on all nodes."""
+        ours = ("--no-trunc", "--filter", f"label=com.docker.swarm.service.name={service}")
+        wanted = '{{.ID}} {{.Label "com.docker.swarm.task.name"}} {{.Label "com.docker.swarm.task.id"}}'
+        found = []
+        for node in self.lab.nodes:
+            for line in self.lab.docker(node.name, "ps", *ours, "--format", wanted).stdout.splitlines():
+                container, name, task = line.split()
+                found.append(Task(service, name, node.name, container, task))
+        return sorted(found)
+
+    def docker(self, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 180) -> str:
+        return self.lab.docker(self.manager, *arguments, env=env, timeout_s=timeout_s).stdout
+
+    def _stack_tasks(self, stack: str) -> bool:
+        label = f"label=com.docker.stack.namespace={stack}"
+        return any(self.lab.docker(n.name, "ps", "-q", "--filter", label).stdout for n in self.lab.nodes)
+
+    # Inside.
+
+    def exec(self, task: Task, *argv: str, timeout_s: float = 60, check: bool = True) -> str:
+        return self.lab.docker(task.node, "exec", task.container, *argv, timeout_s=timeout_s, check=check).stdout
+
+    def probe(self, task: Task, *arguments: str, timeout_s: float = 3.0) -> dict[str, Any]:
+        """Try to reach something from a task of the demo; the answer says how that went."""
+        result: dict[str, Any] = json.loads(
+            self.exec(task, "probe", "--timeout", str(timeout_s), *arguments, check=False) or "{}"
+        )
+        return result
+
+    def ask_web(self, task: Task, marker: str = "hello") -> dict[str, Any]:
+        """One request through web, api and db, begun in a web task itself."""
+        return self.probe(task, "http", f"http://127.0.0.1:8080/?marker={marker}")
+
+    def cli(self, *arguments: str, check: bool = True, timeout_s: float = 180) -> str:
+        """The ``hivewire`` command in the controller's container."""
+        controller = self.tasks(f"{STACK}_controller")
+        if not controller:
+            raise LabError("the controller does not run (docker service ps hivewire_controller)")
+        return self.exec(controller[0], "hivewire", *arguments, check=check, timeout_s=timeout_s)
+
+    def ask(self, *arguments: str) -> Any:
+        """The same as JSON values."""
+        return json.loads(self.cli("-o", "json", *arguments, check=False))
+
+    def wait_ready(self, timeout_s: int = 120) -> None:
+        """Until ``hivewire check`` is green. Raises LabError with what it said last."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = int(deadline - time.monotonic())
+            try:
+                self.cli("check", "--wait", f"{max(5, left)}s", timeout_s=timeout_s + 30)
+            except (CommandFailed, LabError) as error:
+                if left <= 0:
+                    raise LabError(f"the mesh is not ready after {timeout_s} s: {error}") from error
+                time.sleep(1)
+            else:
+                return
+
+    def in_namespace(self, task: Task, *argv: str, check: bool = True) -> str:
+        """A program of the node in a task's network namespace."""
+        path = self.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container).stdout
+        return self.lab.exec(task.node, "nsenter", f"--net={path.strip()}", *argv, check=check).stdout
+
+    def wireguard(self, task: Task) -> dict[str, dict[str, Any]]:
+        """A task's peers by public key: endpoint, allowed IPs, age of the handshake in seconds (None: never).
+
+        Asked in parts, because ``wg show ... dump`` would print the private key as well.
+        """
+        endpoints = self._wg(task, "endpoints")
+        allowed, handshakes = self._wg(task, "allowed-ips"), self._wg(task, "latest-handshakes")
+        return {
+            key: {
+                "endpoint": endpoint,
+                "allowed_ips": sorted(allowed.get(key, "").replace("(none)", "").split()),
+                "handshake_age_s": time.time() - int(handshakes[key]) if int(handshakes.get(key, 0)) else None,
+            }
+            for key, endpoint in endpoints.items()
+        }
+
+    def _wg(self, task: Task, what: str) -> dict[str, str]:
+        alias = json.loads(self.in_namespace(task, "ip", "-j", "link", "show", "wg0"))[0].get("ifalias", "")
+        if ":" in alias:
+            # A userspace device answers at its socket, which the agent's container sees.
+            agent = next(t for t in self.tasks(f"{STACK}_agent") if t.node == task.node)
+            lines = self.exec(agent, "wg", "show", alias.split(":", 1)[1], what)
+        else:
+            lines = self.in_namespace(task, "wg", "show", "wg0", what)
+        return dict(line.split("\t", 1) for line in lines.splitlines())
+
+    def addresses(self, task: Task) -> list[str]:
+        """The overlay addresses of a task, ingress left out."""
+        template = "{{range $n, $v := .NetworkSettings.Networks}}{{$n}} {{$v.IPAddress}}\n{{end}}"
+        lines = self.lab.docker(task.node, "inspect", "-f", template, task.container).stdout.split("\n")
+        pairs = (line.split() for line in lines if len(line.split()) == 2)
+        return sorted(address for name, address in pairs if name != "ingress")
+
+
+def wait_for(what: str, question: Callable[[], T], timeout_s: float, period_s: float = 0.25) -> T:
+    """Ask until the answer is true and return it. Raises LabError naming what did not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        if time.monotonic() >= deadline:
+            raise LabError(f"not within {timeout_s:.0f} s: {what}")
+        time.sleep(period_s)
+
+
+@contextmanager
+def measured(into: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds that the block took."""
+    start = time.perf_counter()
+    yield
+    into[name] = round(time.perf_counter() - start, 3)
