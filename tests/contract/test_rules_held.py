@@ -1,0 +1,154 @@
+"""Whether the rules that a task's table should hold are there, asked of the real nftables in a namespace of its own."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent.kernel import nftables, rtnetlink
+from agent.kernel.api import Namespace
+from agent.kernel.namespace import identify, run_in
+from agent.kernel.rtnetlink import Calls, Netlink
+from agent.rules.closed import closed
+from agent.rules.render import Backends, RuleSet, Source, render
+from hivewire.ids import TaskId
+from tests.contract.test_kernel_denials import missing, namespace
+from tests.unit.agent.values import ports
+
+ADDRESSES = [IPv4Address(f"10.8.0.{n}") for n in range(5, 25)]
+RULES = RuleSet(
+    enforce=True,
+    overlay_interfaces=("eth0",),
+    backends=(Backends(IPv4Address("10.8.0.99"), IPv4Address("10.8.0.2"), tuple(ADDRESSES[:3])),),
+    sources=(
+        Source("lb", tuple(ADDRESSES[:3]), (ports("80"), ports("53/udp"))),
+        Source("db", (ADDRESSES[4],), None, (ports("5432"),)),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A namespace with a table in it."""
+
+    namespace: Namespace
+    tables: Netlink
+
+    def set(self, text: str) -> None:
+        self.nft(nftables.replacement(text))
+
+    def nft(self, text: str) -> None:
+        run_in(self.namespace, lambda: nftables.apply(text))
+
+    @property
+    def applied(self) -> str:
+        return nftables.applied(self.tables)
+
+    @property
+    def rules(self) -> list[tuple[str, int]]:
+        """Chain and handle of each rule."""
+        found = nftables._parts(self.tables, nftables._NFT_MSG_GETRULE)
+        return [(part[2].rstrip(b"\0").decode(), int.from_bytes(part[3], "big")) for part in found]
+
+
+@pytest.fixture(scope="module")
+def held() -> Iterator[Held]:
+    if reason := missing():
+        pytest.skip(reason)
+    with namespace() as pid:
+        space = identify(TaskId("held"), f"/proc/{pid}/ns/net")
+        with contextlib.closing(run_in(space, lambda: Netlink(rtnetlink.NETLINK_NETFILTER, Calls()))) as tables:
+            yield Held(space, tables)
+
+
+SOURCES = st.builds(
+    Source,
+    st.just("s"),
+    st.lists(st.sampled_from(ADDRESSES), min_size=1, unique=True).map(tuple),
+    st.sampled_from([None, (), (ports("80"),), (ports("80"), ports("1000-2000/udp"))]),
+    st.sampled_from([(), (ports("5432"),)]),
+)
+BACKENDS = st.builds(
+    Backends,
+    st.just(IPv4Address("10.8.0.99")),
+    st.just(IPv4Address("10.8.0.2")),
+    st.lists(st.sampled_from(ADDRESSES), unique=True).map(tuple),
+)
+RULE_SETS = st.builds(
+    RuleSet,
+    st.booleans(),
+    st.sampled_from([(), ("eth0",), ("eth0", "eth1")]),
+    st.lists(BACKENDS, max_size=1).map(tuple),
+    st.lists(SOURCES, max_size=3).map(tuple),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rules=RULE_SETS, data=st.data())
+def test_what_was_applied_is_recognised_and_any_missing_or_foreign_rule_too(
+    held: Held, rules: RuleSet, data: st.DataObject
+) -> None:
+    """Untouched, the table answers with its digest; without any one of its rules, or with another added, not."""
+    text, digest = render(rules)
+    held.set(text)
+    assert held.applied == digest
+    chain, handle = data.draw(st.sampled_from(held.rules))
+    another = f"add rule inet hivewire {chain} accept\n" if data.draw(st.booleans()) else ""
+    held.nft(f"delete rule inet hivewire {chain} handle {handle}\n{another}")
+    assert held.applied == nftables.ALTERED
+    held.set(text)
+    assert held.applied == digest
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "add rule inet hivewire from_peers accept",
+        "insert rule inet hivewire input accept",
+        "flush chain inet hivewire from_overlay",
+        "flush table inet hivewire",
+        "flush set inet hivewire peers",
+        "add element inet hivewire callers { 10.8.0.77 }",
+        "delete element inet hivewire callers { 10.8.0.5 }\nadd element inet hivewire callers { 10.8.0.77 }",
+        "chain inet hivewire forward { policy accept; }",
+        "add chain inet hivewire early { type filter hook input priority -200; }",
+        "add table inet hivewire { flags dormant; }",
+    ],
+)
+def test_what_a_person_may_do_is_noticed(held: Held, harm: str) -> None:
+    """Flushing, adding, exchanging or switching off anything that decides about packets is no longer what was set."""
+    text, digest = render(RULES)
+    held.set(text)
+    assert held.applied == digest
+    held.nft(harm + "\n")
+    assert held.applied == nftables.ALTERED
+
+
+def test_a_quarantine_that_was_weakened_is_noticed(held: Held) -> None:
+    """The table of a quarantine is looked at in the same way."""
+    shut = closed(("eth0",))
+    held.set(shut.text)
+    assert held.applied == shut.digest
+    chain, handle = held.rules[0]
+    held.nft(f"delete rule inet hivewire {chain} handle {handle}\n")
+    assert held.applied == nftables.ALTERED
+
+
+def test_what_rules_note_is_no_change(held: Held) -> None:
+    """Entries that come and go in dynamic sets, and another program's table, leave the answer as it is."""
+    text, digest = render(replace(RULES, enforce=False))
+    held.set(text)
+    held.nft("add element inet hivewire passed_no_link_in { 10.9.0.5 . 10.9.0.2 . tcp . 80 }\n")
+    held.nft("add table ip nat\nadd chain ip nat x\nadd rule ip nat x accept\n")
+    assert held.applied == digest
+
+
+def test_no_table_is_no_digest(held: Held) -> None:
+    """Where the table was deleted there is none."""
+    held.set(render(RULES)[0])
+    held.nft(nftables.removal())
+    assert held.applied == ""

@@ -1,0 +1,323 @@
+"""The guard's loop, over overlay namespaces and an engine of a few values, and a store in memory."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+
+import msgspec
+import pytest
+
+from agent.book import HOLD_S, Book
+from agent.guard.desired import Holder, LocalNetwork, Stage, guard
+from agent.guard.reconciler import FORMING_S, MOUNT_S, GuardReconciler
+from agent.guard.render import FROM_TASKS, SHUT, Count, render
+from agent.kernel.overlay import ObservedOverlay, Space
+from hivewire.errors import NamespaceGone, SwarmUnavailable
+from hivewire.ids import ContainerId, NetworkId, ServiceId
+from hivewire.records import MESH_KEY, GuardRecord, MeshRecord, encode, guard_key
+from hivewire.store.memory import MemoryStore
+from hivewire.workqueue import WorkQueue
+from tests.fakes.clock import FakeClock
+from tests.fakes.signatures import Unsigned
+
+NETWORK = NetworkId("abcdefghij0123456789")
+FILE = "1-abcdefghij"
+DEFAULT = GuardRecord(network=NETWORK, name="app", enforced=(ServiceId("api"),))
+STRICT = GuardRecord(network=NETWORK, name="app", strict=True, enforced=DEFAULT.enforced, exempt=(ServiceId("spy"),))
+API = Holder(ContainerId("1"), ServiceId("api"), IPv4Address("10.0.1.3"), "", Stage.COMING)
+SPY = Holder(ContainerId("2"), ServiceId("spy"), IPv4Address("10.0.1.4"), "", Stage.ATTACHED)
+
+
+@dataclass
+class FakeSpace:
+    """A namespace that keeps the text that it was given last."""
+
+    text: str = ""
+    counts: dict[str, Count] = field(default_factory=dict)
+    applied: list[str] = field(default_factory=list)
+    macs: frozenset[str] = frozenset()
+
+    def observe(self) -> ObservedOverlay:
+        digest = self.text.split('"')[1] if self.text else ""
+        return ObservedOverlay(digest, self.counts, self.macs)
+
+    def apply(self, text: str, counts: Mapping[str, Count]) -> None:
+        self.text, self.counts = text, dict(counts)
+        self.applied.append(text)
+
+    def remove(self) -> None:
+        self.text = ""
+        self.applied.append("")
+
+
+class FakeOverlays:
+    def __init__(self) -> None:
+        self.spaces: dict[str, FakeSpace] = {}
+        self.unmounted: set[str] = set()
+
+    def list(self) -> frozenset[str]:
+        return frozenset(self.spaces)
+
+    @contextlib.contextmanager
+    def open(self, file: str) -> Iterator[Space]:
+        if file in self.unmounted or file not in self.spaces:
+            raise NamespaceGone(f"{file} is no network namespace")
+        yield self.spaces[file]
+
+
+class Rig:
+    """One node with one overlay namespace, and the guard, which can be started again."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.store = MemoryStore(self.clock)
+        self.overlays = FakeOverlays()
+        self.local: LocalNetwork | None = LocalNetwork()
+        self.asked = 0
+        self.naps = 0
+        self.mounts_after = 0
+        self.space = self.add(FILE)
+        self.start()
+
+    def add(self, file: str) -> FakeSpace:
+        self.overlays.spaces[file] = space = FakeSpace()
+        return space
+
+    def start(self) -> None:
+        self.queue: WorkQueue[str] = WorkQueue(clock=self.clock, jitter=lambda: 1.0)
+        self.guard = GuardReconciler(
+            networks=self, overlays=self.overlays, store=self.store, queue=self.queue, book=Book(Unsigned()),
+            monotonic=self.clock,
+            sleep=self._sleep,
+        )  # fmt: skip
+
+    def network(self, network: NetworkId, name: str) -> LocalNetwork:
+        self.asked += 1
+        assert (network, name) == (NETWORK, "app")
+        if self.local is None:
+            raise SwarmUnavailable("the engine does not answer")
+        return self.local
+
+    def _sleep(self, seconds: float) -> None:
+        self.naps += 1
+        self.clock.advance(seconds)
+        if self.naps == self.mounts_after:
+            self.overlays.unmounted.clear()
+
+    def put(self, record: GuardRecord) -> None:
+        self.store.put(guard_key(record.network), encode(record))
+
+    def mesh(self, *, settled: bool = True) -> None:
+        self.store.put(MESH_KEY, encode(MeshRecord(mesh="m", settled=settled)))
+
+    def read(self) -> None:
+        """Let the mirror read what is in the store."""
+        for _ in range(4):
+            self.clock.advance(1.0)
+            self.guard.mirror.step(0.0)
+
+    def work(self) -> list[str]:
+        """Do what is due; returns the operations."""
+        ops = []
+        while (file := self.queue.get(0.0)) is not None:
+            ops += self.guard.reconcile(file).ops
+            self.queue.done(file)
+        return ops
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def text_of(record: GuardRecord, *holders: Holder) -> str:
+    return render(guard(record, LocalNetwork(holders)))[0]
+
+
+def test_a_record_becomes_rules_and_a_second_pass_nothing(rig: Rig) -> None:
+    """Records and facts make the table; when nothing changed nothing is done."""
+    rig.put(DEFAULT)
+    rig.mesh()
+    rig.local = LocalNetwork((API, SPY))
+    rig.read()
+    assert rig.work() == ["close 10.0.1.3"]
+    assert rig.space.text == text_of(DEFAULT, API, SPY)
+    rig.guard.resync()
+    assert rig.work() == []
+    assert len(rig.space.applied) == 1
+
+
+def test_an_engine_event_closes_a_new_task(rig: Rig) -> None:
+    """A container that appears is guarded with the next pass over its network; other networks are left alone."""
+    rig.put(DEFAULT)
+    rig.read()
+    rig.work()
+    rig.local = LocalNetwork((API,))
+    rig.guard.on_network(NetworkId("another"))
+    assert rig.work() == []
+    rig.guard.on_network(NETWORK)
+    assert rig.work() == ["close 10.0.1.3"]
+
+
+def test_a_container_without_networks_is_looked_at_again_soon(rig: Rig) -> None:
+    """The engine names the networks of a new container a moment later, and no event says when."""
+    rig.put(DEFAULT)
+    rig.read()
+    rig.work()
+    rig.local = LocalNetwork(is_forming=True)
+    rig.guard.on_network(None)
+    rig.work()
+    rig.local = LocalNetwork((API,))
+    rig.clock.advance(FORMING_S)
+    assert rig.work() == ["close 10.0.1.3"]
+
+
+def test_counters_go_over_to_the_next_table(rig: Rig) -> None:
+    """A replacement is given what the old table counted."""
+    rig.put(DEFAULT)
+    rig.read()
+    rig.work()
+    rig.space.counts = {FROM_TASKS: Count(5, 500)}
+    rig.local = LocalNetwork((API,))
+    rig.guard.on_network(None)
+    rig.work()
+    assert rig.space.counts == {FROM_TASKS: Count(5, 500)}
+    assert rig.guard.counts() == {FILE: {FROM_TASKS: Count(5, 500)}}
+
+
+def test_a_new_strict_namespace_is_shut_without_the_engine(rig: Rig) -> None:
+    """The moment its file is there it is shut, though the engine does not answer; what is exempt opens later."""
+    rig.put(STRICT)
+    rig.read()
+    rig.local = None
+    rig.overlays.spaces.clear()
+    space = rig.add(FILE)
+    outcome = rig.guard.on_created(FILE)
+    assert outcome is not None
+    assert outcome.ops == ("open only nothing",)
+    assert outcome.since_created_s == 0.0
+    assert (space.text, rig.asked) == (render(SHUT)[0], 0)
+    with pytest.raises(SwarmUnavailable):
+        rig.work()
+    rig.queue.done(FILE)
+    rig.local = LocalNetwork((API, SPY))
+    rig.guard.on_network(None)
+    assert rig.work() == ["open only 10.0.1.4"]
+    assert rig.guard.on_created(FILE) is None, "it is guarded: nothing is shut again"
+
+
+def test_a_strict_namespace_found_open_is_shut_first(rig: Rig) -> None:
+    """Where the watch missed the file, the pass itself shuts before it asks the engine."""
+    rig.put(STRICT)
+    rig.read()
+    rig.local = None
+    with pytest.raises(SwarmUnavailable):
+        rig.work()
+    assert rig.space.text == render(SHUT)[0]
+
+
+def test_a_new_file_is_waited_for_until_it_is_mounted(rig: Rig) -> None:
+    """The engine makes the file first; a moment later it is a namespace."""
+    rig.put(STRICT)
+    rig.read()
+    rig.overlays.unmounted.add(FILE)
+    rig.mounts_after = 3
+    outcome = rig.guard.on_created(FILE)
+    assert outcome is not None
+    assert outcome.since_created_s == pytest.approx(0.003)
+
+
+def test_a_file_that_is_never_mounted_is_given_up(rig: Rig) -> None:
+    """It holds nobody up for longer than the mount may take, and is tried again by the loop."""
+    rig.put(STRICT)
+    rig.read()
+    rig.overlays.unmounted.add(FILE)
+    with pytest.raises(NamespaceGone):
+        rig.guard.on_created(FILE)
+    assert rig.naps <= MOUNT_S / 0.001 + 1
+    with pytest.raises(NamespaceGone):
+        rig.work()
+    rig.overlays.spaces.clear()
+    assert rig.guard.reconcile(FILE).summary == "is gone"
+
+
+def test_a_default_namespace_is_left_to_the_loop(rig: Rig) -> None:
+    """Whom to close is for the engine to say; the new file is only queued."""
+    rig.put(DEFAULT)
+    rig.read()
+    rig.work()
+    assert rig.guard.on_created(FILE) is None
+    assert rig.queue.get(0.0) == FILE
+    assert rig.guard.on_created("lb_abcdefghi") is None
+
+
+@pytest.mark.parametrize("record", [DEFAULT, STRICT], ids=["default", "strict"])
+def test_the_next_agent_adopts_what_is_there(rig: Rig, record: GuardRecord) -> None:
+    """A restart changes no rule, and before the store answers nothing is touched at all."""
+    rig.put(record)
+    rig.mesh()
+    rig.local = LocalNetwork((API, SPY))
+    rig.read()
+    rig.work()
+    before = list(rig.space.applied)
+    rig.start()
+    rig.guard.resync()
+    rig.work()
+    rig.read()
+    rig.work()
+    assert rig.space.applied == before
+
+
+def test_a_record_without_services_removes_the_guard(rig: Rig) -> None:
+    """The controller says that nobody is enforced on the network any more: the guard goes. A deletion says nothing."""
+    rig.put(DEFAULT)
+    rig.mesh()
+    rig.read()
+    rig.work()
+    rig.store.delete(guard_key(NETWORK))
+    rig.read()
+    assert rig.work() == []
+    rig.put(msgspec.structs.replace(DEFAULT, enforced=()))
+    rig.read()
+    assert rig.work() == ["remove the guard"]
+    assert rig.space.text == ""
+    rig.guard.resync()
+    assert rig.work() == []
+
+
+def test_a_wiped_store_removes_nothing(rig: Rig) -> None:
+    """A listing without the record keeps the guard, after the hold and in a settled mesh too."""
+    rig.put(STRICT)
+    rig.mesh()
+    rig.local = LocalNetwork((API, SPY))
+    rig.read()
+    rig.work()
+    text = rig.space.text
+    rig.store = MemoryStore(rig.clock)
+    rig.start()
+    for _ in range(2):
+        rig.read()
+        rig.guard.resync()
+        assert rig.work() == []
+        rig.clock.advance(HOLD_S)
+    rig.mesh(settled=False)
+    rig.read()
+    rig.guard.resync()
+    assert rig.work() == []
+    rig.mesh()
+    rig.read()
+    rig.guard.resync()
+    assert rig.work() == []
+    assert rig.space.text == text
+
+
+def test_networks_without_a_record_are_never_touched(rig: Rig) -> None:
+    """Ingress, and networks that nobody enforced is on, keep their namespaces as they are."""
+    other = rig.add("1-ingress000")
+    rig.put(STRICT)
+    rig.mesh()
+    rig.read()
+    rig.work()
+    assert other.applied == []
+    assert rig.guard.reconcile("1-ingress000").summary == "no guard known"
