@@ -15,10 +15,12 @@ from pathlib import Path
 from lab import engine, images, lock, node, packages, registry, roots, swarm, sweep, underlay
 from lab.capture import Capture
 from lab.command import CLEAN_ENVIRONMENT, Completed, run
-from lab.errors import LabError
+from lab.errors import CommandFailed, LabError
 from lab.node import Node
 from lab.progress import Progress
 from lab.settings import ENGINES, MAX_NODES, REGISTRY, UNDERLAY, Settings
+
+_EXEC_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +164,18 @@ class Lab:
     ) -> Completed:
         """Run the docker CLI against a node's engine; `env` is added to a clean environment.
 
-        Raises CommandFailed when it fails and `check` holds, LabError on a timeout.
+        An `exec` whose process runc lost before it began is tried again. Raises CommandFailed when it fails and
+        `check` holds, LabError on a timeout.
         """
         full = {**CLEAN_ENVIRONMENT, **self.docker_environment(), **(env or {})}
         argv = (*self.docker_command(name), *arguments)
-        return run(*argv, check=check, text_in=text_in, timeout_s=timeout_s, env=full)
+        for left in reversed(range(_EXEC_TRIES)):
+            done = run(*argv, check=False, text_in=text_in, timeout_s=timeout_s, env=full)
+            if not (left and _never_began(done)):
+                break
+        if check and done.returncode != 0:
+            raise CommandFailed(argv, done.returncode, done.stdout, done.stderr)
+        return done
 
     def exec(
         self, name: str | Node, *argv: str, check: bool = True, text_in: str | None = None, timeout_s: float = 120
@@ -242,6 +251,13 @@ class Lab:
         new = file.with_suffix(".new")
         new.write_text(json.dumps(record))
         new.replace(file)
+
+
+def _never_began(done: Completed) -> bool:
+    """Tell whether runc lost the process of a `docker exec` before it ran: on a busy machine its two ends of a pipe
+    come apart ("read init-p: connection reset by peer"), seen with runc 1.1.
+    """
+    return done.returncode == 126 and "read init-p: connection reset" in done.stderr
 
 
 def _boot(member: Node, root: Path | None) -> None:
