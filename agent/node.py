@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from ipaddress import IPv4Address
 from typing import Final, Protocol
 
 import msgspec
@@ -10,7 +9,7 @@ import msgspec
 from agent.kernel.api import Underlay
 from hivewire import logs
 from hivewire.errors import HivewireError, InvalidSettings, LeaseExpired
-from hivewire.records import NodeRecord, node_key
+from hivewire.records import Address, NodeRecord, node_key, parse_address
 from hivewire.signed import Signatures, Signed
 from hivewire.store.api import LeaseId, Put, Store
 
@@ -20,7 +19,7 @@ KEEPALIVE_S: Final = 5.0
 
 
 class Measure(Protocol):
-    def __call__(self, address: IPv4Address) -> Underlay: ...
+    def __call__(self, address: Address) -> Underlay: ...
 
 
 class NodePresence:
@@ -89,19 +88,25 @@ class NodePresence:
                 self._log.debug("node.unrevoked", error=str(error))
 
 
-def underlay_address(setting: str, swarm_address: str) -> IPv4Address:
+def underlay_address(setting: str, swarm_address: str) -> Address:
     """Where other nodes reach this one: as set, else the address that the node joined the Swarm with.
 
-    Raises InvalidSettings where neither is an IPv4 address of one node.
+    Raises InvalidSettings where neither is an address of one node.
     """
     text = setting or swarm_address
     try:
-        address = IPv4Address(text)
+        address = parse_address(text)
     except ValueError as error:
         raise InvalidSettings(
-            f"the underlay address {text!r} is no IPv4 address: set HIVEWIRE_UNDERLAY_ADDRESS to this node's address"
+            f"the underlay address {text!r} is no IPv4 or IPv6 address: "
+            "set HIVEWIRE_UNDERLAY_ADDRESS to this node's address"
         ) from error
-    if address.is_unspecified or address.is_loopback:
+    if address.version == 6 and address.is_link_local:
+        raise InvalidSettings(
+            f"{address} means another node on every link: set HIVEWIRE_UNDERLAY_ADDRESS to a global or unique local "
+            "address of this node"
+        )
+    if address.is_unspecified or address.is_loopback or address.is_multicast:
         raise InvalidSettings(
             f"the node joined the Swarm as {address}, where no other node reaches it: "
             "set HIVEWIRE_UNDERLAY_ADDRESS to this node's address"

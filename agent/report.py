@@ -1,5 +1,6 @@
 """Answers the controller's questions over mTLS: handshakes, counters, denials, read from the kernel when asked for."""
 
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ class ReportServer(ThreadingHTTPServer):
         self, address: tuple[str, int], identity: IdentitySource, reports: Mapping[str, Callable[[], msgspec.Struct]]
     ) -> None:
         """``reports``: what to answer with, by path."""
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
         self._identity = identity
         self._reports = reports

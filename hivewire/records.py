@@ -6,10 +6,11 @@ Records that the controller derives hold no time stamps: the same cluster gives 
 mesh writes nothing.
 """
 
+import abc
 import enum
 from collections.abc import Mapping
-from ipaddress import IPv4Address
-from typing import Any, Final, TypeVar, cast
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -29,6 +30,29 @@ POLICIES: Final = ROOT + "policies/"
 QUARANTINES: Final = ROOT + "quarantines/"
 GUARDS: Final = ROOT + "guards/"
 STATUS: Final = ROOT + "status/"
+
+
+if TYPE_CHECKING:
+    Address: TypeAlias = IPv4Address | IPv6Address
+else:
+
+    class Address(abc.ABC):  # noqa: B024 -- it only unites two classes
+        """An address of the underlay, of either family: msgspec takes no union of two types that it does not know."""
+
+    Address.register(IPv4Address)
+    Address.register(IPv6Address)
+
+
+def parse_address(text: str) -> Address:
+    """An underlay address in its one spelling. Raises ValueError.
+
+    What has two spellings could be compared and found different: an IPv4 address written as an IPv6 one is refused,
+    and so is one with a zone, which only the node itself can read.
+    """
+    address = ip_address(text)
+    if isinstance(address, IPv6Address) and (address.ipv4_mapped is not None or address.scope_id is not None):
+        raise ValueError(f"{text} is an IPv4 address in disguise, or has a zone: write a global address")
+    return address
 
 
 class Mode(enum.Enum):
@@ -73,7 +97,7 @@ class PortRange(Record, frozen=True, kw_only=True):
 class Endpoint(Record, frozen=True, kw_only=True):
     """Where a device's UDP socket listens: an underlay address of its node and a port."""
 
-    address: IPv4Address
+    address: Address
     port: int
 
     def __post_init__(self) -> None:
@@ -81,7 +105,8 @@ class Endpoint(Record, frozen=True, kw_only=True):
             raise ValueError(f"{self.port} is no port")
 
     def __str__(self) -> str:
-        return f"{self.address}:{self.port}"
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        return f"{host}:{self.port}"
 
 
 class Finding(Record, frozen=True, kw_only=True):
@@ -116,7 +141,7 @@ class NodeRecord(Record, frozen=True, kw_only=True):
     node: NodeId
     hostname: str
     agent_version: str
-    underlay_address: IPv4Address
+    underlay_address: Address
     underlay_mtu: int
     backend: str
     """``kernel`` or ``userspace``."""
@@ -270,17 +295,17 @@ R = TypeVar("R", bound=Record)
 
 
 def _encode_hook(value: Any) -> Any:
-    if isinstance(value, IPv4Address):
+    if isinstance(value, IPv4Address | IPv6Address):
         return str(value)
     raise NotImplementedError(f"{type(value).__name__} has no wire form")
 
 
 def _decode_hook(kind: type, value: Any) -> Any:
-    if kind is IPv4Address:
+    if kind in (IPv4Address, Address):
         # The ipaddress module would take a number as well.
         if not isinstance(value, str):
             raise ValueError("an address is written as text")
-        return IPv4Address(value)
+        return IPv4Address(value) if kind is IPv4Address else parse_address(value)
     raise NotImplementedError(f"{kind.__name__} has no wire form")
 
 

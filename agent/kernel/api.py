@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from typing import Final, Protocol
 
 from agent.observed import NotedCounters, NotedEntry, ObservedTask
 from agent.ops import Op
 from hivewire.ids import TaskId
+from hivewire.records import Address
 
 INTERFACE: Final = "wg0"
 """Name of the interface inside every task namespace."""
@@ -31,7 +31,7 @@ class Namespace:
 class Underlay:
     """The interface of the node that carries its underlay address."""
 
-    address: IPv4Address
+    address: Address
     interface: str
     mtu: int
 
@@ -76,5 +76,5 @@ class Kernel(Protocol):
     def forget(self, task: TaskId) -> None:
         """The task is gone: free what is held for it outside its namespace. The interface went with the namespace."""
 
-    def underlay(self, address: IPv4Address) -> Underlay:
+    def underlay(self, address: Address) -> Underlay:
         """The interface that carries the address, measured now. Raises NoPermission, InvalidSettings if none does."""

@@ -11,7 +11,7 @@ import errno
 import socket
 import threading
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network, ip_address
 from typing import Any, Final
 
 from pyroute2.netlink import ctrlmsg
@@ -211,9 +211,7 @@ def _observed(part: Any) -> ObservedPeer:
     addresses = (address.get("addr", "") for address in part.get_attr("WGPEER_A_ALLOWEDIPS") or ())
     return ObservedPeer(
         PublicKey(_decoded(part.get_attr("WGPEER_A_PUBLIC_KEY"))),
-        None
-        if endpoint is None or ":" in endpoint["addr"]
-        else Endpoint(address=IPv4Address(endpoint["addr"]), port=endpoint["port"]),
+        None if endpoint is None else Endpoint(address=ip_address(endpoint["addr"]), port=endpoint["port"]),
         frozenset(IPv4Network(address) for address in addresses if address and ":" not in address),
         part.get_attr("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL") or 0,
         handshake["tv_sec"] + handshake["tv_nsec"] / 1e9 if handshake["tv_sec"] else None,

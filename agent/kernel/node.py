@@ -5,7 +5,6 @@ import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from typing import Final, Protocol, assert_never
 
 from agent.kernel import conntrack, nftables, rtnetlink
@@ -32,6 +31,7 @@ from agent.ops import (
 )
 from hivewire.errors import InvalidSettings, KernelBusy
 from hivewire.ids import TaskId
+from hivewire.records import Address
 
 _NAME_PREFIX: Final = "hw"
 _IFNAMSIZ: Final = 15
@@ -131,15 +131,15 @@ class NodeKernel:
     def forget(self, task: TaskId) -> None:
         self._driver.forget(task)
 
-    def underlay(self, address: IPv4Address) -> Underlay:
+    def underlay(self, address: Address) -> Underlay:
         with (
             translated("read the node's addresses"),
             contextlib.closing(Netlink(rtnetlink.NETLINK_ROUTE, self._calls)) as netlink,
         ):
-            for found in rtnetlink.addresses(netlink):
-                if found.address == address:
-                    link = rtnetlink.links(netlink)[found.index]
-                    return Underlay(address, link.name, link.mtu)
+            index = rtnetlink.interface_of(netlink, address)
+            if index is not None:
+                link = rtnetlink.links(netlink)[index]
+                return Underlay(address, link.name, link.mtu)
         raise InvalidSettings(f"no interface of this node has the underlay address {address}")
 
 

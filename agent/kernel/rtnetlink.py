@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Final
 
 from pyroute2.netlink import nlmsg
@@ -379,6 +379,20 @@ def addresses(netlink: Netlink) -> list[Address]:
     message = ifaddrmsg()
     message["family"] = socket.AF_INET
     return [_address(data) for data in netlink.dump(Request(_RTM_GETADDR, body(message)))]
+
+
+def interface_of(netlink: Netlink, address: IPv4Address | IPv6Address) -> int | None:
+    """Index of the interface that has the address, of either family; None: none has. Raises OSError, KernelBusy."""
+    message = ifaddrmsg()
+    message["family"] = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
+    for data in netlink.dump(Request(_RTM_GETADDR, body(message))):
+        found = ifaddrmsg(data)
+        found.decode()
+        # The peer of a point-to-point address stands in IFA_ADDRESS, our own end in IFA_LOCAL.
+        own = found.get_attr("IFA_LOCAL") or found.get_attr("IFA_ADDRESS")
+        if ip_address(own) == address:
+            return int(found["index"])
+    return None
 
 
 def _address(data: bytes) -> Address:

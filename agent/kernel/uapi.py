@@ -7,14 +7,14 @@ with an empty line, unknown keys in an answer are ignored.
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from typing import Final
 
 from agent.kernel.peers import Device, PeerChange
 from agent.observed import ObservedPeer
 from hivewire.errors import InvalidInput, KernelBusy
 from hivewire.keys import PrivateKey, PublicKey
-from hivewire.records import Endpoint
+from hivewire.records import Endpoint, parse_address
 
 GET: Final = b"get=1\n\n"
 END: Final = b"\n\n"
@@ -137,11 +137,12 @@ def _add_peer(peers: dict[PublicKey, ObservedPeer], lines: list[tuple[str, str]]
 
 
 def _endpoint(text: str | None) -> Endpoint | None:
-    # A peer may roam to an IPv6 address; Hivewire has none to compare it with.
     if text is None:
         return None
     address, _, port = text.rpartition(":")
+    number = int(port)
     try:
-        return Endpoint(address=IPv4Address(address), port=int(port))
-    except AddressValueError:
+        return Endpoint(address=parse_address(address.removeprefix("[").removesuffix("]")), port=number)
+    except ValueError:
+        # A peer may roam to an address with a zone; Hivewire has none to compare it with.
         return None

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import struct
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 import pytest
 from hypothesis import given
@@ -31,7 +31,8 @@ from hivewire.records import Endpoint
 KEYS = st.binary(min_size=32, max_size=32).map(PublicKey)
 ENDPOINTS = st.builds(
     lambda address, port: Endpoint(address=address, port=port),
-    st.integers(0, 2**32 - 1).map(IPv4Address),
+    st.integers(0, 2**32 - 1).map(IPv4Address)
+    | st.integers(0, 2**64 - 1).map(lambda low: IPv6Address(0x20010DB8 << 96 | low)),
     st.integers(1, 65535),
 )
 NETWORKS = st.builds(
@@ -103,8 +104,8 @@ def test_unknown_keys_are_ignored() -> None:
     assert set(uapi.parse_device(text).peers) == {PublicKey(b"\xab" * 32)}
 
 
-def test_addresses_of_the_sixth_version_are_left_out() -> None:
-    """A peer may have roamed to IPv6, and a person may have given it such an address."""
+def test_what_only_the_node_itself_can_read_is_left_out() -> None:
+    """A peer may have roamed to an address with a zone, and a person may have given it an IPv6 address."""
     text = b"public_key=" + b"ab" * 32 + b"\nendpoint=[fe80::1%eth0]:5\nallowed_ip=fd00::/8\nerrno=0\n\n"
     (peer,) = uapi.parse_device(text).peers.values()
     assert (peer.endpoint, peer.allowed_ips) == (None, frozenset())

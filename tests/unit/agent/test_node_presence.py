@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 
 import pytest
 
 from agent.kernel.api import Underlay
 from agent.node import KEEPALIVE_S, LEASE_S, NodePresence, underlay_address
 from hivewire.errors import InvalidSettings, LeaseExpired, StoreUnavailable
-from hivewire.records import NodeRecord, decode, node_key
+from hivewire.records import Address, NodeRecord, decode, node_key
 from hivewire.store.memory import MemoryStore
 from tests.fakes.clock import FakeClock
 from tests.fakes.signatures import Unsigned
@@ -47,7 +47,7 @@ class Rig:
         self.changes = 0
         self.presence = NodePresence(self.store, Unsigned(), node(), self.measure, self.changed)
 
-    def measure(self, address: IPv4Address) -> Underlay:
+    def measure(self, address: Address) -> Underlay:
         if self.error is not None:
             raise self.error
         return Underlay(address, "eth0", self.mtu)
@@ -175,18 +175,29 @@ def test_step_while_the_store_is_away(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "joined", "address"),
-    [("", "192.0.2.1", "192.0.2.1"), ("10.9.9.9", "192.0.2.1", "10.9.9.9"), ("10.9.9.9", "", "10.9.9.9")],
+    [
+        ("", "192.0.2.1", "192.0.2.1"),
+        ("10.9.9.9", "192.0.2.1", "10.9.9.9"),
+        ("10.9.9.9", "", "10.9.9.9"),
+        ("", "2001:db8::1", "2001:db8::1"),
+        ("FD00:0::7", "192.0.2.1", "fd00::7"),
+    ],
 )
 def test_underlay_address(setting: str, joined: str, address: str) -> None:
     """The setting goes before the address that the node joined with."""
-    assert underlay_address(setting, joined) == IPv4Address(address)
+    assert underlay_address(setting, joined) == ip_address(address)
 
 
 @pytest.mark.parametrize(
     ("setting", "joined", "shown"),
     [
         ("", "", "''"),
-        ("", "2001:db8::1", "2001:db8::1"),
+        ("fe80::1", "192.0.2.1", "fe80::1"),
+        ("fd00::1%eth0", "192.0.2.1", "fd00::1%eth0"),
+        ("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.1"),
+        ("::", "192.0.2.1", "::"),
+        ("", "::1", "::1"),
+        ("ff02::1", "192.0.2.1", "ff02::1"),
         ("eth0", "192.0.2.1", "eth0"),
         ("", "127.0.0.1", "127.0.0.1"),
         ("", "0.0.0.0", "0.0.0.0"),

@@ -9,7 +9,7 @@ import pytest
 from controller.admission import Evidence, Refused, judge
 from controller.swarm.snapshot import FINISHED_STATES, TASK_STATES, Node, Task
 from hivewire.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
-from hivewire.records import ClaimRecord, Endpoint, Mode, Network, NodeRecord, PeerRecord, PolicyRecord
+from hivewire.records import ClaimRecord, Endpoint, Mode, Network, NodeRecord, PeerRecord, PolicyRecord, parse_address
 
 N1, N2 = NodeId("n1"), NodeId("n2")
 WEB, DB = ServiceId("web"), ServiceId("db")
@@ -85,8 +85,8 @@ def claim(**changes: object) -> ClaimRecord:
 
 
 def endpoint(text: str) -> Endpoint:
-    address, _, port = text.partition(":")
-    return Endpoint(address=IPv4Address(address), port=int(port))
+    address, _, port = text.rpartition(":")
+    return Endpoint(address=parse_address(address.strip("[]")), port=int(port))
 
 
 REFUSALS: dict[str, tuple[ClaimRecord, Evidence, str]] = {
@@ -130,6 +130,16 @@ REFUSALS: dict[str, tuple[ClaimRecord, Evidence, str]] = {
         claim(endpoint=endpoint("198.51.100.1:51801")),
         replace(EVIDENCE, neighbour=OTHER_NODE),
         "its endpoint 198.51.100.1:51801 is the address of node beta",
+    ),
+    "the endpoint is another node's of the other family": (
+        claim(endpoint=endpoint("[2001:db8::2]:51801")),
+        replace(EVIDENCE, neighbour=replace(OTHER_NODE, address="2001:db8::2")),
+        "its endpoint [2001:db8::2]:51801 is the address of node beta",
+    ),
+    "the endpoint is nobody's of the other family": (
+        claim(endpoint=endpoint("[2001:db8::9]:51801")),
+        EVIDENCE,
+        "its endpoint [2001:db8::9]:51801 is no address of node alpha",
     ),
     "the endpoint is nobody's": (
         claim(endpoint=endpoint("203.0.113.9:51801")),

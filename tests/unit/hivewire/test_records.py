@@ -1,7 +1,7 @@
 """The wire format of the store: exact bytes, defaults, what is refused, and the layout of keys."""
 
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
@@ -155,6 +155,7 @@ def test_equal_records_have_equal_bytes() -> None:
             b'{"address":"192.0.2.1","port":1,"later":null}',
             Endpoint(address=IPv4Address("192.0.2.1"), port=1),
         ),
+        (Endpoint, b'{"address":"2001:DB8:0::7","port":1}', Endpoint(address=IPv6Address("2001:db8::7"), port=1)),
     ],
 )
 def test_what_other_versions_write(kind: type[Record], data: bytes, record: Record) -> None:
@@ -188,7 +189,8 @@ def claim_with(old: bytes, new: bytes) -> bytes:
         pytest.param(Endpoint, b'{"address":"192.0.2.1","port":65536}', id="endpoint's port too high"),
         pytest.param(Endpoint, b'{"address":"192.0.2.1","port":-1}', id="endpoint's port negative"),
         pytest.param(Endpoint, b'{"address":"192.0.2.256","port":1}', id="no address"),
-        pytest.param(Endpoint, b'{"address":"::1","port":1}', id="no IPv4"),
+        pytest.param(Endpoint, b'{"address":"::ffff:192.0.2.1","port":1}', id="IPv4 in disguise"),
+        pytest.param(Endpoint, b'{"address":"fe80::1%eth0","port":1}', id="address with a zone"),
         pytest.param(Endpoint, b'{"address":5,"port":1}', id="address as a number"),
         pytest.param(Endpoint, b'{"address":true,"port":1}', id="address as a boolean"),
         pytest.param(ClaimRecord, claim_with(KEY.encode(), b"hSDwCYkw"), id="short key"),
