@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
 from agent.ops import PeerSpec, Route
-from agent.rules.render import Backends, RuleSet, Source, render
+from agent.rules.render import Backends, RuleSet, Source, WayOut, render
 from hivewire.ids import NetworkId, ServiceId, TaskId
 from hivewire.keys import PublicKey
 from hivewire.records import Link, Mode, PeerRecord, PolicyRecord
@@ -26,6 +26,8 @@ class TaskFacts:
     interfaces: Mapping[IPv4Address, str]
     """Which interface of the namespace holds which address."""
     underlay_mtu: int
+    way_out: WayOut | None = None
+    """Its place on docker_gwbridge; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def desired_task(
             overlay_interfaces=tuple(sorted({facts.interfaces[a] for a in own.values() if a in facts.interfaces})),
             backends=tuple(sorted(backends, key=lambda b: b.vip)),
             sources=_sources(policy, known, owners),
+            way_out=facts.way_out,
         )
     )
     return DesiredTask(

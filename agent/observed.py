@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from agent.ops import Route
 from hivewire.keys import PublicKey
@@ -45,6 +45,15 @@ class ObservedTask:
     """Those through Hivewire's interface."""
     rules: str = ""
     """Digest of Hivewire's table; empty where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """The node's own end of a bridge that joins its containers."""
+
+    gateway: IPv4Interface
+    """Its address, with the subnet of the containers."""
+    mac: str
 
 
 @dataclass(frozen=True, slots=True)

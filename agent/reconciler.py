@@ -17,11 +17,12 @@ from agent.denials import DenialBook
 from agent.desired import DesiredTask, TaskFacts, desired_task
 from agent.handshakes import Handshakes, Turn
 from agent.kernel.api import Kernel, Session
-from agent.observed import ObservedInterface, ObservedTask
+from agent.observed import Bridge, ObservedInterface, ObservedTask
 from agent.ops import CreateInterface, Op, RemoveRules, SetRules
 from agent.own import OwnRecords
 from agent.plan import plan, plan_quarantine, plan_removal
 from agent.rules.closed import closed, is_closed
+from agent.rules.render import WayOut
 from agent.tasks import LocalTask, TaskEvent
 from hivewire import logs
 from hivewire.errors import HivewireError, InvalidInput, KernelBusy, NamespaceGone, TaskGone
@@ -89,10 +90,13 @@ class TaskReconciler:
         queue: WorkQueue[TaskId],
         signatures: Signatures,
         book: Book,
+        bridge: Callable[[], Bridge | None] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
+        """``bridge`` is that of the node's tasks' way out, as it is now."""
         self._node = node
+        self._bridge = bridge
         self._tasks = tasks
         self._kernel = kernel
         self._store = store
@@ -272,7 +276,23 @@ class TaskReconciler:
         if not any(network.id in local.addresses for network in policy.networks):
             names = ", ".join(n.name for n in policy.networks)
             raise InvalidInput(f"task {local.name} has no address on the overlay networks of its service ({names})")
-        return TaskFacts(local.task, local.service, local.addresses, observed.addresses, node.underlay_mtu)
+        return TaskFacts(
+            local.task,
+            local.service,
+            local.addresses,
+            observed.addresses,
+            node.underlay_mtu,
+            self._way_out(local, observed),
+        )
+
+    def _way_out(self, local: LocalTask, observed: ObservedTask) -> WayOut | None:
+        """The task's interface on the node's bridge for that, known by its address."""
+        bridge, overlay = self._bridge(), set(local.addresses.values())
+        if bridge is not None:
+            for address, interface in sorted(observed.addresses.items()):
+                if address in bridge.gateway.network and address not in overlay:
+                    return WayOut(interface, bridge.gateway, bridge.mac)
+        return None
 
     def _peers(self, service: ServiceId) -> list[PeerRecord]:
         """The tasks of a linked service. Those in quarantine are none, whether or not a controller leads to say so."""
@@ -288,7 +308,7 @@ class TaskReconciler:
             with self._session(local) as session:
                 observed = session.observe()
                 names = {observed.addresses[a] for a in local.addresses.values() if a in observed.addresses}
-                ops = plan_quarantine(closed(names), observed)
+                ops = plan_quarantine(closed(names, self._way_out(local, observed)), observed)
                 if ops:
                     self._save_notes(local, session, observed, ops)
                     session.apply(ops)

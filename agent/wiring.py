@@ -14,6 +14,8 @@ import time
 from agent.book import Book
 from agent.guard.loops import Guard
 from agent.kernel.api import Kernel
+from agent.kernel.bridge import way_out
+from agent.kernel.rtnetlink import Calls
 from agent.kernel.selection import Choice, select
 from agent.node import NodePresence, underlay_address
 from agent.reconciler import TaskReconciler
@@ -59,7 +61,7 @@ def run(settings: AgentSettings) -> bool:
     store = open_store(settings, local.managers)
     signatures = SwarmSignatures(identity, Managers(lambda: tasks.node().manager_ids))
     presence = NodePresence(store, signatures, record, kernel.underlay, lambda: queue_all(reconciler))
-    seen = Seen(settings.state_folder / "seen.sqlite")
+    seen, calls = Seen(settings.state_folder / "seen.sqlite"), Calls()
     reconciler = TaskReconciler(
         node=lambda: presence.record,
         tasks=tasks,
@@ -68,6 +70,7 @@ def run(settings: AgentSettings) -> bool:
         queue=queue,
         signatures=signatures,
         book=Book(signatures, seen),
+        bridge=lambda: way_out(calls),
     )
     guard = Guard(tasks, store, Book(signatures, seen), settings.namespaces, settings.resync_s)
     server = ReportServer(

@@ -1,7 +1,8 @@
 """The nftables table of a task in quarantine: nothing passes over WireGuard or an overlay network, whatever its links
 say and however long a connection has been open. Pure.
 
-Loopback stays, and with it Docker's DNS; so does the way out through docker_gwbridge, which is not the mesh's.
+Loopback stays, and with it Docker's DNS; so does the way out through docker_gwbridge, which is not the mesh's, but not
+the way to other tasks on that bridge.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from agent.rules.render import TABLE, WIREGUARD
+from agent.rules.render import TABLE, WIREGUARD, WayOut, aside
 
 _PREFIX: Final = "closed-"
 
@@ -22,17 +23,18 @@ class Closed:
     digest: str
 
 
-def closed(overlay_interfaces: Iterable[str]) -> Closed:
+def closed(overlay_interfaces: Iterable[str], way_out: WayOut | None = None) -> Closed:
     """``overlay_interfaces``: all of them, ingress included."""
     names = ", ".join(f'"{name}"' for name in sorted({WIREGUARD, *overlay_interfaces}))
+    sideways_in, sideways_out = ("".join(f"\n\t\t{match} counter drop" for match in way) for way in aside(way_out))
     body = f"""\
 \tchain input {{
 \t\ttype filter hook input priority 0; policy accept;
-\t\tiifname {{ {names} }} counter drop
+\t\tiifname {{ {names} }} counter drop{sideways_in}
 \t}}
 \tchain output {{
 \t\ttype filter hook output priority 0; policy accept;
-\t\toifname {{ {names} }} counter drop
+\t\toifname {{ {names} }} counter drop{sideways_out}
 \t}}
 \tchain forward {{
 \t\ttype filter hook forward priority 0; policy drop;

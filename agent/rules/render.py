@@ -3,7 +3,11 @@
 The table balances the VIPs of linked services among their tasks, in the task's own namespace and before Docker's
 chains; and where the mode is ``enforce`` it closes whatever is no link: on the WireGuard interface all but the ports
 of links, on the overlay interfaces everything. The ways through docker_gwbridge, the ingress network and loopback
-(where Docker's DNS answers) stay as Docker made them.
+(where Docker's DNS answers) stay as Docker made them; but other tasks of the node, who share docker_gwbridge, are no
+way out. Docker keeps them apart in the node's own firewall, for IPv4 only and until somebody flushes it.
+
+What a packet costs does not grow with the links: its source leads to the few rules of its service by one look into a
+map, and so does a VIP to its backends.
 
 What is closed is noted: one counter and one dynamic set per reason, both of the same name. A set holds source,
 destination, protocol and port with a counter each, forgets what was quiet for a while, and has a fixed size; what
@@ -11,9 +15,10 @@ finds no room is counted as ``unlisted``. In ``observe`` the same is noted for n
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface
+from typing import Final
 
 from hivewire.records import PortRange, Protocol
 from hivewire.reports import Direction, Reason
@@ -29,6 +34,11 @@ ENTRIES = 1024
 """How many entries one set holds at most; some 150 bytes each."""
 FORGET_S = 300
 """A set forgets an entry that nothing was added to for this long."""
+
+# Chains, one for each of its kind.
+_PEERS: Final = "peers_"
+_VIP: Final = "vip_"
+_ERRORS: Final = "icmp type { destination-unreachable, time-exceeded, parameter-problem }"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +64,22 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class WayOut:
+    """The task's interface on docker_gwbridge, and the node's end of that bridge: the only one to talk with there."""
+
+    interface: str
+    gateway: IPv4Interface
+    mac: str
+    """Of the bridge itself: what it routes comes from there, what comes from another task does not."""
+
+
+@dataclass(frozen=True, slots=True)
 class RuleSet:
     enforce: bool
     overlay_interfaces: tuple[str, ...]
     backends: tuple[Backends, ...]
     sources: tuple[Source, ...]
+    way_out: WayOut | None = None
 
 
 def render(rules: RuleSet) -> tuple[str, str]:
@@ -104,40 +125,61 @@ def _chains(rules: RuleSet) -> Iterator[str]:
         return f"goto {note_name(note.reason, note.direction, enforce=enforce)}"
 
     yield from _names(rules)
+    vips = {b.vip: b for b in rules.backends}
+    served = [b for b in vips.values() if b.addresses]
     # Docker's own chains sit at -100 (dstnat): ours must choose the backend before they see the packet.
-    yield from _chain("vips", "type nat hook output priority -110; policy accept;", map(_balance, _served(rules)))
+    yield from _chain(
+        "vips",
+        "type nat hook output priority -110; policy accept;",
+        _by_address("daddr", [((b.vip,), f"goto {_VIP}{n}") for n, b in enumerate(served, 1)]),
+    )
+    for n, backends in enumerate(served, 1):
+        yield from _chain(f"{_VIP}{n}", "", [_balance(backends)])
     overlay = _set(f'"{name}"' for name in rules.overlay_interfaces)
+    only_new = "" if enforce else "ct state new "
+    unserved = (
+        [f"ip daddr {_set(dead)} {only_new}{goto(_NO_BACKEND)}"]
+        if (dead := [str(vip) for vip, b in vips.items() if not b.addresses])
+        else []
+    )
+    sideways_in, sideways_out = aside(rules.way_out)
     yield from _chain(
         "input",
         "type filter hook input priority 0; policy accept;",
         [
             f'iifname "{WIREGUARD}" jump from_peers',
             *([f"iifname {overlay} jump from_overlay"] if rules.overlay_interfaces else []),
+            *(f"{match} {only_new}{goto(_NO_LINK_IN)}" for match in sideways_in),
         ],
     )
-    only_new = "" if enforce else "ct state new "
     yield from _chain(
         "output",
         "type filter hook output priority 0; policy accept;",
         [
-            *(f"ip daddr {b.vip} {only_new}{goto(_NO_BACKEND)}" for b in rules.backends if not b.addresses),
+            *unserved,
             *([f"oifname {overlay} jump to_overlay"] if rules.overlay_interfaces else []),
+            *(f"{match} {only_new}{goto(_NO_LINK_OUT)}" for match in sideways_out),
         ],
     )
     if enforce:
         yield from _chain("forward", "type filter hook forward priority 0; policy drop;", ())
-    # Nothing is let in for being established alone: each packet needs a link that is there now.
-    known = "ct state related accept" if enforce else "ct state != new accept"
+    # Nothing is let in for being established alone: each packet needs a link that is there now. What is related is an
+    # error about a packet of ours, by which a path's MTU is learned; that somebody knows a better gateway is none.
+    known = f"{_ERRORS} ct state related accept" if enforce else "ct state != new accept"
+    groups = _groups(rules.sources)
     yield from _chain(
         "from_peers",
         "",
         [
-            known,
-            *(rule for source in rules.sources for rule in _accept(source)),
+            *([] if enforce else [known]),
+            *_by_address("saddr", [(addresses, f"jump {_PEERS}{n}") for n, (addresses, _) in enumerate(groups, 1)]),
+            *([known] if enforce else []),
             f"ip saddr @callers {goto(_WRONG_PORT)}",
             goto(_NO_LINK_IN),
         ],
     )
+    for n, (_, group) in enumerate(groups, 1):
+        yield from _chain(f"{_PEERS}{n}", "", _accept(group))
     # A connection from before is told apart from new ones, and looked at now and then only: it may carry anything.
     older = f"ct state established limit rate 50/second burst 100 packets goto {FLOWS}"
     there = () if enforce else (older, known)
@@ -197,34 +239,70 @@ def _noting(name: str, verdict: str, *, may_answer: bool) -> Iterator[str]:
     yield f"counter name {UNLISTED} {verdict}"
 
 
-def _served(rules: RuleSet) -> Iterator[Backends]:
-    return (b for b in rules.backends if b.addresses)
+def _by_address(end: str, verdicts: Sequence[tuple[Iterable[IPv4Address], str]]) -> Iterator[str]:
+    """One rule that finds the verdict of an address, however many there are."""
+    entries = [f"{address} : {verdict}" for addresses, verdict in verdicts for address in addresses]
+    if entries:
+        yield f"ip {end} vmap {_set(entries)}"
+
+
+def aside(way_out: WayOut | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What tells a packet from or to another task on docker_gwbridge: coming in and going out.
+
+    Coming in it is what the bridge did not send, IPv6 included. Going out, groups are everybody; of those what the
+    kernel itself says is left alone.
+    """
+    if way_out is None:
+        return (), ()
+    to, gateway = f'oifname "{way_out.interface}"', way_out.gateway
+    others = _set((str(gateway.network), "224.0.0.0/4", "255.255.255.255"))
+    return (f'iifname "{way_out.interface}" ether saddr != {way_out.mac}',), (
+        f"{to} ip daddr {others} ip daddr != {gateway.ip} ip protocol != igmp",
+        f"{to} ip6 daddr {{ fe80::/10, ff00::/8 }} meta l4proto != ipv6-icmp",
+    )
+
+
+def _groups(sources: Iterable[Source]) -> list[tuple[tuple[IPv4Address, ...], tuple[Source, ...]]]:
+    """Addresses of the same rights together: a service may be linked in both directions."""
+    rights: dict[IPv4Address, list[Source]] = {}
+    for source in sources:
+        for address in source.addresses:
+            rights.setdefault(address, []).append(source)
+    groups: dict[tuple[Source, ...], list[IPv4Address]] = {}
+    for address, theirs in sorted(rights.items()):
+        groups.setdefault(tuple(theirs), []).append(address)
+    return [(tuple(addresses), group) for group, addresses in groups.items()]
 
 
 def _balance(backends: Backends) -> str:
     if len(backends.addresses) == 1:
-        return f"ip daddr {backends.vip} dnat ip to {backends.addresses[0]}"
+        return f"dnat ip to {backends.addresses[0]}"
     entries = ", ".join(f"{i} : {a}" for i, a in enumerate(backends.addresses))
-    return f"ip daddr {backends.vip} dnat ip to numgen inc mod {len(backends.addresses)} map {{ {entries} }}"
+    return f"dnat ip to numgen inc mod {len(backends.addresses)} map {{ {entries} }}"
 
 
-def _accept(source: Source) -> Iterator[str]:
-    who = f"ip saddr {_set(map(str, source.addresses))}"
-    yield f"{who} icmp type {{ echo-request, echo-reply }} accept"
-    if source.ports == ():
-        yield f"{who} accept"
+def _accept(group: Sequence[Source]) -> Iterator[str]:
+    """What one address may send: to the ports of links, answers from those of ours, and pings both ways."""
+    if any(source.ports == () for source in group):
+        yield "accept"
+        return
     for protocol in Protocol:
-        ports = [p for p in source.ports or () if p.protocol is protocol]
-        if ports:
-            yield f"{who} {protocol.value} dport {_set(_span(p) for p in ports)} accept"
-        answers = [p for p in source.answers if p.protocol is protocol]
-        if answers:
-            is_answer = "ct state established ct direction reply"
-            yield f"{who} {protocol.value} sport {_set(_span(p) for p in answers)} {is_answer} accept"
+        if ports := _ports(protocol, (source.ports or () for source in group)):
+            yield f"{protocol.value} dport {ports} accept"
+        if answers := _ports(protocol, (source.answers for source in group)):
+            yield f"{protocol.value} sport {answers} ct state established ct direction reply accept"
+    yield "icmp type { echo-request, echo-reply } accept"
 
 
-def _span(ports: PortRange) -> str:
-    return str(ports.first) if ports.first == ports.last else f"{ports.first}-{ports.last}"
+def _ports(protocol: Protocol, several: Iterable[Iterable[PortRange]]) -> str:
+    """Those of the protocol, as a set; empty where there are none. Ranges that meet are joined, as nft wants it."""
+    spans: list[tuple[int, int]] = []
+    for first, last in sorted((p.first, p.last) for ports in several for p in ports if p.protocol is protocol):
+        if spans and first <= spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], max(last, spans[-1][1]))
+        else:
+            spans.append((first, last))
+    return _set(str(first) if first == last else f"{first}-{last}" for first, last in spans) if spans else ""
 
 
 def _set(words: Iterable[str]) -> str:

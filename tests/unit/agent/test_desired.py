@@ -150,7 +150,7 @@ def test_vip_with_one_serving_task(mode: Mode) -> None:
     """Only tasks that serve stand behind the VIP."""
     found = desired(policy(mode=mode, out=[link("db", "5432", vip=VIP)]), peer(5), peer(6, serving=False))
     assert route(VIP) in found.routes
-    assert f"ip daddr {VIP} dnat ip to 10.1.0.5\n" in found.rules
+    assert f"ip daddr vmap {{ {VIP} : goto vip_1 }}\n\t}}\n\tchain vip_1 {{\n\t\tdnat ip to 10.1.0.5\n" in found.rules
 
 
 def test_vip_before_any_claim() -> None:

@@ -1,12 +1,12 @@
 """The nftables text, compared with golden files, and shown to the real nft where there is one."""
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 
 import pytest
 
 from agent.rules.closed import closed, is_closed
-from agent.rules.render import Backends, RuleSet, Source, render
+from agent.rules.render import Backends, RuleSet, Source, WayOut, render
 from tests.real_nft import need_nft, nft
 from tests.unit.agent.values import ports
 
@@ -21,6 +21,9 @@ def backends(vip: str, *behind: str) -> Backends:
     return Backends(IPv4Address(vip), IPv4Address("10.1.0.2"), addresses(*behind))
 
 
+WAY_OUT = WayOut("eth2", IPv4Interface("172.18.0.1/16"), "02:42:a8:dc:8a:38")
+CLOSED = closed(["eth1", "eth0", "eth0"], WAY_OUT)
+
 RULE_SETS = {
     "nothing-linked": RuleSet(enforce=True, overlay_interfaces=("eth0",), backends=(), sources=()),
     "no-interface": RuleSet(enforce=True, overlay_interfaces=(), backends=(), sources=()),
@@ -29,6 +32,7 @@ RULE_SETS = {
         overlay_interfaces=("eth0",),
         backends=(backends("10.1.0.200", "10.1.0.5", "10.1.0.6"), backends("10.1.0.201", "10.1.0.7")),
         sources=(Source("shop_lb", addresses("10.1.0.9"), (ports("80"),)),),
+        way_out=WAY_OUT,
     ),
     "enforce": RuleSet(
         enforce=True,
@@ -43,13 +47,23 @@ RULE_SETS = {
             Source("shop_lb", addresses("10.1.0.9"), tuple(map(ports, ("80", "8080-8090", "53/udp", "53")))),
             Source("shop_web", addresses("10.1.0.2", "10.1.0.3"), ()),
         ),
+        way_out=WAY_OUT,
+    ),
+    "both-ways": RuleSet(
+        enforce=True,
+        overlay_interfaces=("eth0",),
+        backends=(),
+        sources=(
+            Source("shop_api", addresses("10.1.0.5", "10.1.0.6"), (ports("80-90"), ports("85-99"), ports("53/udp"))),
+            Source("shop_api", addresses("10.1.0.6"), None, (ports("8080"),)),
+        ),
     ),
 }
 
 
 def test_closed_golden() -> None:
     """The table of a quarantine drops everything on WireGuard and overlay interfaces, and says what it is."""
-    found = closed(["eth1", "eth0", "eth0"])
+    found = CLOSED
     assert found.text == (GOLDEN / "closed.nft").read_text()
     assert is_closed(found.digest)
     assert f'comment "{found.digest}"' in found.text
@@ -59,7 +73,7 @@ def test_closed_golden() -> None:
 @pytest.mark.usefixtures("_real_nft")
 def test_real_nft_takes_the_closed_table() -> None:
     """nft and the kernel accept the table of a quarantine."""
-    assert nft(closed(["eth0"]).text).returncode == 0
+    assert nft(CLOSED.text).returncode == 0
 
 
 @pytest.mark.parametrize("name", RULE_SETS)

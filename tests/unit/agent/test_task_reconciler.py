@@ -3,12 +3,12 @@
 import base64
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface
 
 import pytest
 
 from agent.book import HOLD_S, Book
-from agent.observed import ObservedTask
+from agent.observed import Bridge, ObservedTask
 from agent.ops import (
     AddPeer,
     AddRoute,
@@ -94,6 +94,7 @@ class Rig:
         self.tasks = FakeTasks()
         self.node = NODE
         self.seen = Seen(now=self.time)
+        self.bridge: Bridge | None = None
         self.start()
 
     def start(self) -> None:
@@ -107,6 +108,7 @@ class Rig:
             queue=self.queue,
             signatures=Unsigned(),
             book=Book(Unsigned(), self.seen),
+            bridge=lambda: self.bridge,
             monotonic=self.clock,
             now=self.time,
         )
@@ -457,12 +459,35 @@ def test_peer_disappears(up: Rig) -> None:
     assert up.device.peers == {}
 
 
+def test_the_way_out_is_known_by_the_nodes_bridge(up: Rig) -> None:
+    """The interface that has an address of the bridge's subnet is the way out; its rules follow the bridge."""
+    assert '"eth1"' not in up.namespace.rules_text
+    for mac in ("02:42:ac:12:00:01", "02:42:ac:12:00:99"):
+        up.bridge = Bridge(IPv4Interface("172.18.0.1/16"), mac)
+        up.agent.resync()
+        up.settle()
+        assert f'iifname "eth1" ether saddr != {mac} goto denied_no_link_in\n' in up.namespace.rules_text
+    up.bridge = Bridge(IPv4Interface("172.19.0.1/16"), mac)
+    up.agent.resync()
+    up.settle()
+    assert '"eth1"' not in up.namespace.rules_text
+
+
+def test_the_ingress_network_is_no_way_out(rig: Rig) -> None:
+    """An overlay address is none of the bridge's, even where an operator gave both the same subnet."""
+    rig.bridge = Bridge(IPv4Interface("10.1.0.1/16"), "02:42:ac:12:00:01")
+    rig.mesh(WEB, peer(5))
+    rig.run_task()
+    rig.settle()
+    assert "ether saddr" not in rig.namespace.rules_text
+
+
 def test_peer_that_stops_serving(up: Rig) -> None:
     """A peer that serves no longer leaves the VIP and stays a peer, so that its connections go on."""
     up.put(peer(5, serving=False))
     up.settle()
     assert kinds(up.take_ops()) == [SetRules]
-    assert f"ip daddr {VIP} goto denied_no_backend_out\n" in up.namespace.rules_text
+    assert f"ip daddr {{ {VIP} }} goto denied_no_backend_out\n" in up.namespace.rules_text
 
 
 def test_peer_of_another_service(up: Rig) -> None:
