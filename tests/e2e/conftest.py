@@ -22,7 +22,9 @@ _ONE_ENGINE = {
     "test_attack",
     "test_denials",
     "test_matrix",
+    "test_modes",
     "test_secrets",
+    "test_storm",
     "test_why_quarantine",
 }
 
