@@ -242,6 +242,11 @@ class GuardRecord(Record, frozen=True, kw_only=True):
     is newer than this record: nobody knows yet what it will be."""
     exempt_vips: tuple[IPv4Address, ...] = ()
     """The exempt services' VIPs on a strict network; sorted."""
+    vnis: tuple[int, ...] = ()
+    """VXLAN identifiers of a strict network, one for each of its subnets; sorted. Empty: an older controller, or Swarm
+    has not given them yet."""
+    vxlan_port: int = 4789
+    """UDP port of the cluster's VXLAN frames."""
 
 
 class QuarantineKind(enum.Enum):

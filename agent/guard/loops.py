@@ -14,6 +14,7 @@ from typing import Final
 from agent.book import Book
 from agent.denials import DenialBook
 from agent.guard.reconciler import GuardReconciler, Outcome
+from agent.kernel.edges import NodeEdges
 from agent.kernel.inotify import NewFiles
 from agent.kernel.overlay import OverlayNamespaces
 from agent.tasks import LocalTasks
@@ -42,6 +43,7 @@ class Guard:
         self.reconciler = GuardReconciler(
             networks=tasks,
             overlays=self._overlays,
+            edges=NodeEdges(),
             store=store,
             queue=self._queue,
             book=book,

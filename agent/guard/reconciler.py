@@ -4,6 +4,8 @@ Level-triggered as the loop of tasks is, and apart from it, with a mirror, a que
 takes long to set up must not hold up the guard, which has to be there before the task's first packet. A table that is
 there stays until a manager's record says that its network needs none: an agent that is away, an engine that does not
 answer, a store that was wiped and a record that was deleted take nothing away.
+
+For a strict network there is a second table, at the node's edge (edge.py), also while no task of it is here.
 """
 
 import contextlib
@@ -14,8 +16,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from agent.book import Book
+from agent.guard import edge
 from agent.guard.desired import LocalNetwork, guard
 from agent.guard.render import SHUT, Closed, Count, Rules, render
+from agent.kernel.edges import Edges
 from agent.kernel.overlay import Overlays, Space, is_of
 from hivewire import logs
 from hivewire.errors import KernelBusy, NamespaceGone
@@ -30,6 +34,8 @@ MOUNT_S: Final = 0.5
 _GLANCE_S: Final = 0.001
 #: A container is there before the engine names its networks, and tells nobody when it does.
 FORMING_S: Final = 0.03
+_EDGE: Final = "edge of "
+"""So begins in the queue what is no file: the edge of a network."""
 
 
 class Networks(Protocol):
@@ -51,13 +57,14 @@ class Outcome:
 
 
 class GuardReconciler:
-    """Thread-safe. Work comes as the file names of overlay namespaces."""
+    """Thread-safe. Work comes as the file names of overlay namespaces, and as the edges of networks."""
 
     def __init__(
         self,
         *,
         networks: Networks,
         overlays: Overlays,
+        edges: Edges,
         store: Store,
         queue: WorkQueue[str],
         book: Book,
@@ -69,6 +76,7 @@ class GuardReconciler:
         self._notes = notes
         self._networks = networks
         self._overlays = overlays
+        self._edges = edges
         self._queue = queue
         self._book = book
         self._monotonic = monotonic
@@ -125,15 +133,18 @@ class GuardReconciler:
 
     def reconcile(self, file: str) -> Outcome:
         """Raises SwarmUnavailable, NamespaceGone, KernelBusy, Unsupported; what is in place then stays."""
+        if file.startswith(_EDGE):
+            return self._reconcile_edge(file)
         if file not in self._overlays.list():
             with self._lock:
                 self._created.pop(file, None)
             return Outcome(file, "is gone")
         record = self._record(file)
+        outdated = self._remove_outdated_edges(file)
         if record is None:  # a deletion says nothing: whoever gets at etcd can delete
-            return Outcome(file, "no guard known")
+            return Outcome(file, "no guard known", ops=outdated)
         if not (record.strict or record.enforced):
-            return self._release(file)
+            return self._release(record, file)
         with self._opened(file) as space:
             observed = space.observe()
             digest, ops = observed.digest, []
@@ -143,14 +154,51 @@ class GuardReconciler:
             local = self._networks.network(record.network, record.name)
             if local.is_forming:
                 self._queue.add_after(file, FORMING_S)
-            rules = guard(record, local, observed.macs)
-            if render(rules)[1] == digest:
-                return Outcome(file, "guarded" if ops else "in order", record.name, tuple(ops))
-            if observed.digest:
-                self._save_notes(file, space)
-            done = self._apply(file, record, space, rules, observed.counts)
-            since_created_s = done.since_created_s if not observed.digest else None
-            return Outcome(file, done.summary, record.name, (*ops, *done.ops), since_created_s)
+            rules, since_created_s = guard(record, local, observed.macs), None
+            if render(rules)[1] != digest:
+                if observed.digest:
+                    self._save_notes(file, space)
+                done = self._apply(file, record, space, rules, observed.counts)
+                ops += done.ops
+                since_created_s = done.since_created_s if not observed.digest else None
+        ops += (*self._settle_edge(record, rules), *outdated)
+        return Outcome(file, "guarded" if ops else "in order", record.name, tuple(ops), since_created_s)
+
+    def _reconcile_edge(self, name: str) -> Outcome:
+        """Where a task of the network is here, its namespace's pass does it."""
+        records = self._book.below(GuardRecord, GUARDS)
+        record = next((r for r in records if _EDGE + r.network == name), None)
+        if record is None or any(is_of(file, record.network) for file in self._overlays.list()):
+            return Outcome(name, "nothing to do")
+        ops = self._settle_edge(record, SHUT)
+        return Outcome(name, "guarded" if record.strict else "not guarded", record.name, ops)
+
+    def _settle_edge(self, record: GuardRecord, rules: Rules) -> tuple[str, ...]:
+        name = edge.table_of(record.network)
+        there = self._edges.read().get(name)
+        if not record.strict or isinstance(rules, Closed):
+            if there is not None:
+                self._edges.remove(name)
+            return () if there is None else ("open the node's edge",)
+        text, wanted = edge.render(record, rules.addresses)
+        if not record.vnis or there == wanted:
+            return ()
+        self._edges.apply(name, text)
+        return (f"at the node's edge {_words(rules)}",)
+
+    def _remove_outdated_edges(self, file: str) -> tuple[str, ...]:
+        """Swarm gives a VXLAN identifier to another network once the first is gone, of which nobody tells us."""
+        others = {
+            n: e for n, e in self._edges.read().items() if not is_of(file, NetworkId(n.removeprefix(edge.PREFIX)))
+        }
+        if not others:
+            return ()
+        with self._opened(file) as space:
+            vnis = space.observe().vnis
+        outdated = sorted(name for name, each in others.items() if each.vnis & vnis)
+        for name in outdated:
+            self._edges.remove(name)
+        return tuple(f"remove the edge {name}" for name in outdated)
 
     def counts(self) -> dict[str, dict[str, Count]]:
         """What the guard dropped, by file and counter, since its table is there."""
@@ -172,7 +220,8 @@ class GuardReconciler:
         with contextlib.suppress(KernelBusy):
             self._notes(file, space)
 
-    def _release(self, file: str) -> Outcome:
+    def _release(self, record: GuardRecord, file: str) -> Outcome:
+        self._settle_edge(record, SHUT)
         with self._opened(file) as space:
             if not space.observe().digest:
                 return Outcome(file, "not guarded")
@@ -213,6 +262,8 @@ class GuardReconciler:
     def _add_all(self) -> None:
         for file in self._overlays.list():
             self._queue.add(file)
+        for record in self._book.below(GuardRecord, GUARDS):
+            self._queue.add(_EDGE + record.network)
 
 
 def _words(rules: Rules) -> str:

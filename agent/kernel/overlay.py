@@ -9,10 +9,12 @@ import contextlib
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
+
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from agent.guard.render import COUNTERS, UPLINK, Count, counting_on
 from agent.kernel import namespace as namespaces
@@ -27,6 +29,7 @@ _NAME: Final = re.compile(r"[0-9]+-([0-9a-z]{10})")
 _ID_CHARACTERS: Final = 10
 
 _AF_BRIDGE: Final = 7
+_RTM_GETLINK: Final = 18
 _RTM_GETNEIGH: Final = 30
 _NDA_LLADDR: Final = 2
 _NDM_AT: Final = 16
@@ -59,6 +62,8 @@ class ObservedOverlay:
     digest: str = ""
     """Of the guard's table; empty where there is none."""
     counts: Mapping[str, Count] = field(default_factory=dict)
+    vnis: frozenset[int] = frozenset()
+    """VXLAN identifiers of the network that it is of."""
     macs: frozenset[str] = frozenset()
     """Hardware addresses that the bridge learned behind local ports. Its memory of a port goes with the port."""
 
@@ -132,7 +137,13 @@ class _Space:
     def observe(self) -> ObservedOverlay:
         with translated("observe the overlay namespace"):
             digest = nftables.digest(self._tables)
-            return ObservedOverlay(digest, _counts(self._tables) if digest else {}, _macs(self._routes))
+            uplinks = _uplinks(self._routes)
+            return ObservedOverlay(
+                digest=digest,
+                counts=_counts(self._tables) if digest else {},
+                vnis=frozenset(vni for vni in uplinks.values() if vni is not None),
+                macs=_macs(self._routes, uplinks.keys()),
+            )
 
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
         self._nft(_RESET + counting_on(text, counts))
@@ -167,8 +178,20 @@ def _counts(tables: Netlink) -> dict[str, Count]:
     return counts
 
 
-def _macs(routes: Netlink) -> frozenset[str]:
-    uplinks = {link.index for link in rtnetlink.links(routes).values() if link.name.startswith(UPLINK.rstrip("*"))}
+def _uplinks(routes: Netlink) -> dict[int, int | None]:
+    """The ports to other nodes by index, and their VXLAN identifiers."""
+    found: dict[int, int | None] = {}
+    for data in routes.dump(Request(_RTM_GETLINK, rtnetlink.body(ifinfmsg()))):
+        link = ifinfmsg(data)
+        link.decode()
+        if str(link.get_attr("IFLA_IFNAME")).startswith(UPLINK.rstrip("*")):
+            info = link.get_attr("IFLA_LINKINFO")
+            vxlan = info.get_attr("IFLA_INFO_DATA") if info and info.get_attr("IFLA_INFO_KIND") == "vxlan" else None
+            found[link["index"]] = vxlan.get_attr("IFLA_VXLAN_ID") if vxlan else None
+    return found
+
+
+def _macs(routes: Netlink, uplinks: Set[int]) -> frozenset[str]:
     found = set()
     for message in routes.dump(Request(_RTM_GETNEIGH, _NDM.pack(_AF_BRIDGE, 0, 0, 0, 0))):
         _, index, state, _, _ = _NDM.unpack_from(message, _NDM_AT)

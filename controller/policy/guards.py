@@ -11,7 +11,7 @@ from typing import Final
 
 from controller.policy.findings import finding, in_order
 from controller.policy.labels import parse_labels
-from controller.swarm.snapshot import Network, Service, SwarmSnapshot
+from controller.swarm.snapshot import VXLAN_PORT, Network, Service, SwarmSnapshot
 from hivewire.ids import NetworkId, ServiceId
 from hivewire.records import Finding, GuardRecord, Mode, PolicyRecord
 
@@ -46,14 +46,18 @@ def compile_guards(
         on_it = sorted(
             (s for s in snapshot.services.values() if network.id in s.networks), key=lambda service: service.id
         )
-        record = _guard(network, value != _DEFAULT, on_it, policies)
+        record = _guard(network, value != _DEFAULT, on_it, policies, snapshot.vxlan_port)
         if record.enforced or (record.strict and mode is not Mode.OFF):
             records[network.id] = record
     return Guards(records, in_order(findings))
 
 
 def _guard(
-    network: Network, strict: bool, services: list[Service], policies: Mapping[ServiceId, PolicyRecord]
+    network: Network,
+    strict: bool,
+    services: list[Service],
+    policies: Mapping[ServiceId, PolicyRecord],
+    vxlan_port: int,
 ) -> GuardRecord:
     enforced = [s for s in services if s.id in policies and policies[s.id].mode is Mode.ENFORCE]
     exempt = [s for s in services if s not in enforced and _is_exempt(s, policies)] if strict else []
@@ -64,6 +68,8 @@ def _guard(
         enforced=tuple(s.id for s in enforced),
         exempt=tuple(s.id for s in exempt),
         exempt_vips=tuple(sorted(s.vips[network.id] for s in exempt if network.id in s.vips)),
+        vnis=network.vnis if strict else (),
+        vxlan_port=vxlan_port if strict else VXLAN_PORT,
     )
 
 

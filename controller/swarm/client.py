@@ -80,7 +80,7 @@ class SwarmClient:
 
     def snapshot(self) -> SwarmSnapshot:
         """Services, networks and nodes. Raises SwarmUnavailable, NoPermission."""
-        cluster = self.info().cluster  # GET /swarm would tell it too, and the tokens to join with besides
+        info = self.info()  # GET /swarm would tell it too, and the tokens to join with besides
         nodes = [parse_node(raw) for raw in self._read(lambda api: api.nodes())]
         services = self._read(lambda api: api.services())
         networks = self._networks()
@@ -89,10 +89,11 @@ class SwarmClient:
         parsed = [parse_service(raw, networks) for raw in services]
         self._names |= {service.id: service.name for service in parsed}
         return SwarmSnapshot(
-            cluster=cluster,
+            cluster=info.cluster,
             services={service.id: service for service in parsed},
             networks={n.id: n for n in networks.values() if n.driver == "overlay"},
             nodes={NodeId(node.id): node for node in nodes},
+            vxlan_port=info.vxlan_port,
         )
 
     def service(self, service: ServiceId) -> Service:

@@ -14,6 +14,10 @@ from typing import Any
 from hivewire.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
 
 STACK_LABEL = "com.docker.stack.namespace"
+_VNIS = "com.docker.network.driver.overlay.vxlanid_list"
+"""Option that Swarm gives to an overlay network (libnetwork netlabel.OverlayVxlanIDList)."""
+VXLAN_PORT = 4789
+"""Where VXLAN frames go, unless docker swarm init said otherwise (--data-path-port)."""
 
 # States of a task in the order of its life (swarmkit api/types.proto, TaskState).
 TASK_STATES = (
@@ -53,6 +57,8 @@ class Network:
     is_ingress: bool = False
     is_encrypted: bool = False
     is_dsr: bool = False
+    vnis: tuple[int, ...] = ()
+    """VXLAN identifiers, one for each subnet; sorted."""
 
     @property
     def is_host(self) -> bool:
@@ -107,6 +113,7 @@ class SwarmSnapshot:
     services: Mapping[ServiceId, Service] = field(default_factory=dict)
     networks: Mapping[NetworkId, Network] = field(default_factory=dict)
     nodes: Mapping[NodeId, Node] = field(default_factory=dict)
+    vxlan_port: int = VXLAN_PORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,7 @@ class SwarmInfo:
     is_manager: bool
     managers: tuple[Manager, ...]
     engine_version: str
+    vxlan_port: int = VXLAN_PORT
 
 
 def parse_service(raw: Mapping[str, Any], networks: Mapping[NetworkId, Network]) -> Service:
@@ -182,6 +190,7 @@ def parse_network(raw: Mapping[str, Any]) -> Network:
         is_ingress=raw.get("Ingress") is True,
         is_encrypted="encrypted" in options,
         is_dsr="dsr" in options,
+        vnis=tuple(sorted(int(word) for word in options.get(_VNIS, "").split(",") if word.isdecimal())),
     )
 
 
@@ -227,6 +236,9 @@ def parse_info(raw: Mapping[str, Any]) -> SwarmInfo:
         is_manager=swarm.get("ControlAvailable") is True,
         managers=tuple(sorted(managers, key=lambda m: (m.node, m.address))),
         engine_version=_text(raw, "ServerVersion"),
+        vxlan_port=port
+        if isinstance(port := _dict(swarm, "Cluster").get("DataPathPort"), int) and port
+        else VXLAN_PORT,
     )
 
 

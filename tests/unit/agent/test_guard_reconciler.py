@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from agent.book import HOLD_S, Book
+from agent.guard import edge
 from agent.guard.desired import Holder, LocalNetwork, Stage, guard
 from agent.guard.reconciler import FORMING_S, MOUNT_S, GuardReconciler
 from agent.guard.render import FROM_TASKS, SHUT, Count, render
@@ -26,6 +27,8 @@ FILE = "1-abcdefghij"
 DEFAULT = GuardRecord(network=NETWORK, name="app", enforced=(ServiceId("api"),))
 STRICT = GuardRecord(network=NETWORK, name="app", strict=True, enforced=DEFAULT.enforced, exempt=(ServiceId("spy"),))
 API = Holder(ContainerId("1"), ServiceId("api"), IPv4Address("10.0.1.3"), "", Stage.COMING)
+WIRED = msgspec.structs.replace(STRICT, vnis=(4097,))
+EDGE = "hivewire-abcdefghij"
 SPY = Holder(ContainerId("2"), ServiceId("spy"), IPv4Address("10.0.1.4"), "", Stage.ATTACHED)
 
 
@@ -37,10 +40,11 @@ class FakeSpace:
     counts: dict[str, Count] = field(default_factory=dict)
     applied: list[str] = field(default_factory=list)
     macs: frozenset[str] = frozenset()
+    vnis: frozenset[int] = frozenset()
 
     def observe(self) -> ObservedOverlay:
         digest = self.text.split('"')[1] if self.text else ""
-        return ObservedOverlay(digest, self.counts, self.macs)
+        return ObservedOverlay(digest, self.counts, self.vnis, self.macs)
 
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
         self.text, self.counts = text, dict(counts)
@@ -66,6 +70,23 @@ class FakeOverlays:
         yield self.spaces[file]
 
 
+class FakeEdges:
+    """The node's own namespace: texts by the name of their table."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def read(self) -> dict[str, edge.Edge]:
+        return {name: edge.Edge.parse(text.split('"')[1]) for name, text in self.texts.items()}
+
+    def apply(self, name: str, text: str) -> None:
+        assert text.startswith(f"table inet {name} {{")
+        self.texts[name] = text
+
+    def remove(self, name: str) -> None:
+        self.texts.pop(name, None)
+
+
 class Rig:
     """One node with one overlay namespace, and the guard, which can be started again."""
 
@@ -73,6 +94,7 @@ class Rig:
         self.clock = FakeClock()
         self.store = MemoryStore(self.clock)
         self.overlays = FakeOverlays()
+        self.edges = FakeEdges()
         self.local: LocalNetwork | None = LocalNetwork()
         self.asked = 0
         self.naps = 0
@@ -87,7 +109,8 @@ class Rig:
     def start(self) -> None:
         self.queue: WorkQueue[str] = WorkQueue(clock=self.clock, jitter=lambda: 1.0)
         self.guard = GuardReconciler(
-            networks=self, overlays=self.overlays, store=self.store, queue=self.queue, book=Book(Unsigned()),
+            networks=self, overlays=self.overlays, edges=self.edges, store=self.store, queue=self.queue,
+            book=Book(Unsigned()),
             monotonic=self.clock,
             sleep=self._sleep,
         )  # fmt: skip
@@ -321,3 +344,81 @@ def test_networks_without_a_record_are_never_touched(rig: Rig) -> None:
     rig.work()
     assert other.applied == []
     assert rig.guard.reconcile("1-ingress000").summary == "no guard known"
+
+
+def test_a_strict_network_is_shut_at_the_edge_before_its_first_task(rig: Rig) -> None:
+    """Nothing of the network is on the node yet: its VXLAN frames are closed by the record alone, once."""
+    del rig.overlays.spaces[FILE]
+    rig.put(WIRED)
+    rig.mesh()
+    rig.read()
+    rig.work()
+    assert rig.edges.texts == {EDGE: edge.render(WIRED)[0]}
+    rig.edges.texts[EDGE] += "# kept"
+    rig.guard.resync()
+    rig.work()
+    assert rig.edges.texts[EDGE].endswith("# kept"), "a second pass writes nothing"
+    assert rig.asked == 0
+
+
+def test_the_edge_lets_through_what_the_guard_does_and_outlives_its_namespace(rig: Rig) -> None:
+    """Exempt local ends pass while they are here; when the last task has left, none does."""
+    rig.local = LocalNetwork((SPY,))
+    rig.put(WIRED)
+    rig.mesh()
+    rig.read()
+    rig.work()
+    assert rig.edges.texts == {EDGE: edge.render(WIRED, [SPY.address])[0]}
+    del rig.overlays.spaces[FILE]
+    rig.start()
+    rig.read()
+    rig.work()
+    assert rig.edges.texts == {EDGE: edge.render(WIRED)[0]}
+
+
+@pytest.mark.parametrize("record", [DEFAULT, STRICT], ids=["default", "no identifiers yet"])
+def test_without_strict_or_identifiers_there_is_no_edge(rig: Rig, record: GuardRecord) -> None:
+    """The default guard has none, and of a network whose frames nobody can tell there can be none."""
+    rig.put(record)
+    rig.mesh()
+    rig.read()
+    rig.work()
+    assert rig.edges.texts == {}
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_the_edge_goes_by_a_managers_word_alone(rig: Rig, *, is_here: bool) -> None:
+    """A deleted record leaves it; a record without services, which a manager signed, removes it."""
+    if not is_here:
+        del rig.overlays.spaces[FILE]
+    rig.put(WIRED)
+    rig.mesh()
+    rig.read()
+    rig.work()
+    rig.store.delete(guard_key(NETWORK))
+    rig.read()
+    rig.clock.advance(HOLD_S)
+    rig.guard.resync()
+    rig.work()
+    assert EDGE in rig.edges.texts
+    rig.put(GuardRecord(network=NETWORK, name="app"))
+    rig.read()
+    rig.work()
+    assert rig.edges.texts == {}
+
+
+def test_an_identifier_that_another_network_has_now_is_let_go(rig: Rig) -> None:
+    """The edge of a network that is gone does not close the one that Swarm gave its identifier to."""
+    gone = msgspec.structs.replace(WIRED, network=NetworkId("zyxwvutsrq0123456789"))
+    other = msgspec.structs.replace(gone, network=NetworkId("1234567890zzzzzzzzzz"), vnis=(5000,))
+    for record in (gone, other):
+        rig.edges.apply(edge.table_of(record.network), edge.render(record)[0])
+    rig.mesh()
+    rig.read()
+    rig.guard.resync()
+    rig.work()
+    assert len(rig.edges.texts) == 2
+    rig.space.vnis = frozenset({4097})
+    rig.guard.resync()
+    rig.work()
+    assert list(rig.edges.texts) == [edge.table_of(other.network)]

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.guard import edge
 from agent.guard.render import FROM_TASKS, SHUT, TO_TASKS, Closed, Count, Open, Rules, counting_on, render
+from hivewire.ids import NetworkId
+from hivewire.records import GuardRecord
 from tests.real_nft import need_nft, nft
 
 GOLDEN = Path(__file__).parent / "golden" / "guard"
@@ -17,6 +20,36 @@ RULES: dict[str, Rules] = {
     "strict-shut": SHUT,
     "strict": Open((ONE, TWO)),
 }
+
+
+RECORD = GuardRecord(network=NetworkId("un37g4fb1wiblcnjlicphk8hp"), name="app", strict=True, vnis=(4097, 4099))
+EDGES = {
+    "edge-shut": edge.render(RECORD),
+    "edge": edge.render(RECORD, (TWO, ONE)),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_golden_edges(name: str) -> None:
+    """The text is exactly that of the golden file, and its comment tells digest and identifiers."""
+    text, told = EDGES[name]
+    assert text == (GOLDEN / f"{name}.nft").read_text()
+    assert edge.Edge.parse(text.split('"')[1]) == told
+    assert told.vnis == {4097, 4099}
+
+
+@pytest.mark.parametrize("comment", ["", "digest", "digest x,4097", " 4097"])
+def test_any_comment_is_an_edge(comment: str) -> None:
+    """What somebody else wrote there is read without an error, and is none of ours."""
+    assert edge.Edge.parse(comment) not in {told for _, told in EDGES.values()}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_real_nft_takes_the_edge(name: str) -> None:
+    """nft and the kernel accept the text as it stands."""
+    need_nft("inet")
+    done = nft((GOLDEN / f"{name}.nft").read_text())
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -68,6 +68,15 @@ def test_a_strict_guard_names_the_exempt_and_their_vips() -> None:
     )
 
 
+def test_only_a_strict_guard_knows_its_frames() -> None:
+    """Identifiers and port of its VXLAN frames, by which nodes close it before anybody is on it."""
+    for value, vnis in (("strict", (4097, 4099)), ("default", ())):
+        wired = replace(labelled("shop_app", {GUARD: value}), vnis=(4097, 4099))
+        swarm = replace(snapshot(ENFORCED, networks=(wired,)), vxlan_port=7777)
+        record = only(compile_guards(swarm, compile_mesh(swarm, {}, MeshDefaults(Mode.ENFORCE)).policies))
+        assert (record.vnis, record.vxlan_port) == (vnis, 7777 if vnis else 4789)
+
+
 def test_a_strict_network_is_guarded_before_anybody_is_on_it() -> None:
     """The record is there without any service, so that the first task finds the guard in place."""
     assert only(strict()).strict

@@ -136,7 +136,21 @@ def test_a_network_of_1_41() -> None:
         subnets=(IPv4Network("10.0.1.0/24"),),
         labels={"hivewire.guard": "strict"},
         is_encrypted=True,
+        vnis=(4097,),
     )
+
+
+@pytest.mark.parametrize(("written", "vnis"), [("4099,4097", (4097, 4099)), ("", ()), ("4097,x", (4097,))])
+def test_the_vxlan_identifiers_of_a_network(written: str, vnis: tuple[int, ...]) -> None:
+    """One for each subnet, in order; what is no number is none."""
+    options = {"com.docker.network.driver.overlay.vxlanid_list": written}
+    assert parse_network({"Options": options}).vnis == vnis
+
+
+@pytest.mark.parametrize(("cluster", "port"), [({"DataPathPort": 7777}, 7777), ({"DataPathPort": 0}, 4789), ({}, 4789)])
+def test_the_port_of_vxlan_frames(cluster: dict[str, Any], port: int) -> None:
+    """The one that the Swarm was made with, else the usual one."""
+    assert parse_info({"Swarm": {"Cluster": cluster}}).vxlan_port == port
 
 
 def test_a_network_of_1_52() -> None:
