@@ -24,7 +24,7 @@ unit: $(READY) packages  ## Unit, property and contract tests.
 e2e: $(READY) packages  ## End-to-end tests on a real Swarm: engine 20.10, then 26.1.
 	$(PYTHON) -m pytest tests/e2e
 
-fire: $(READY) packages  ## 200 starts and stops of enforced tasks under capture; JSON goes to build/fire/.
+fire: $(READY) packages  ## 200 starts and stops under capture, and storms; JSON goes to build/fire/.
 	$(PYTHON) -m pytest tests/e2e -m long -k host
 
 kernel: $(READY) packages  ## The same contract on kernel WireGuard, in a virtual machine (emulated, some minutes).
