@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Final, TypeVar
 
 from agent.seen import Seen
+from hivewire import logs
 from hivewire.errors import HivewireError, InvalidRecord, RecordTooNew, UnverifiedRecord
-from hivewire.records import MESH_KEY, QUARANTINES, MeshRecord, QuarantineRecord, Record, writer_of
+from hivewire.records import MESH_KEY, QUARANTINES, Doubt, MeshRecord, QuarantineRecord, Record, writer_of
 from hivewire.signed import Signatures
 
 R = TypeVar("R", bound=Record)
@@ -74,6 +75,11 @@ class Book:
                 self._decoded[key] = (b"", self._decoded[key][1])
             return late
 
+    def doubts(self) -> tuple[Doubt, ...]:
+        """What is not believed now, by key."""
+        with self._lock:
+            return tuple(Doubt(key=key, reason=str(error)) for key, error in sorted(self.unreadable.items()))
+
     def is_complete(self, prefix: str) -> bool:
         """Whether the prefix was listed as a whole: what is missing here then was missing there."""
         with self._lock:
@@ -118,6 +124,8 @@ class Book:
             record: R | None = self._verified(kind, key, value)
             self.unreadable.pop(key, None)
         except (InvalidRecord, RecordTooNew) as error:
+            if str(error) != str(self.unreadable.get(key)):
+                logs.get().warning("record.refused", key=key, error=str(error))
             self.unreadable[key] = error
             record = None if before is None else before[1]  # type: ignore[assignment]
         self._decoded[key] = (value, record)
@@ -126,6 +134,7 @@ class Book:
     def _verified(self, kind: type[R], key: str, value: bytes) -> R:
         signed = self._signatures.verify(kind, key, value)
         if self._seen.refuses(key, signed.generation) or signed.generation < self._floor(key):
+            self._signatures.refused["replay"] += 1
             raise UnverifiedRecord("replay", "it is older than what was there before")
         # A quarantine counts for as long as nobody takes it back, whatever becomes of the store.
         self._seen.note(key, signed.generation, value if isinstance(signed.record, QuarantineRecord) else None)

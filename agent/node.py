@@ -1,7 +1,7 @@
 """The agent's word about its own node: measured, written under a lease, so that it goes when the agent goes."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -9,13 +9,15 @@ import msgspec
 from agent.kernel.api import Underlay
 from hivewire import logs
 from hivewire.errors import HivewireError, InvalidSettings, LeaseExpired
-from hivewire.records import Address, NodeRecord, node_key, parse_address
+from hivewire.records import Address, Doubt, NodeRecord, node_key, parse_address
 from hivewire.signed import Signatures, Signed
 from hivewire.store.api import LeaseId, Put, Store
 
 #: Seconds after which a silent agent counts as gone. Its tasks' links go on: only ``nodes/`` tells of it.
 LEASE_S: Final = 15
 KEEPALIVE_S: Final = 5.0
+_MOST_DOUBTS: Final = 20
+_LONGEST: Final = 300
 
 
 class Measure(Protocol):
@@ -32,11 +34,17 @@ class NodePresence:
         record: NodeRecord,
         measure: Measure,
         on_change: Callable[[], None],
+        *,
+        seen: Callable[[], int] = int,
+        doubts: Callable[[], Sequence[Doubt]] = tuple,
     ) -> None:
+        """``seen`` and ``doubts`` give what the record says of the records that the agent reads."""
         self._store = store
         self._signatures = signatures
         self._measure = measure
         self._on_change = on_change
+        self._seen = seen
+        self._doubts = doubts
         self._log = logs.get()
         self._lease: LeaseId | None = None
         self._stored: Signed[NodeRecord] | None = None
@@ -65,9 +73,18 @@ class NodePresence:
             self._lease = self._store.grant_lease(LEASE_S)
         else:
             self._store.keepalive(self._lease)
+        doubts = tuple(
+            Doubt(key=it.key[:_LONGEST], reason=it.reason[:_LONGEST]) for it in self._doubts()[:_MOST_DOUBTS]
+        )
+        self.record = msgspec.structs.replace(self.record, doubts=doubts)
         stored = self._stored
-        if stored is None or stored.record != self.record or self._signatures.is_worn(stored):
-            record, key = self.record, node_key(self.record.node)
+        # What was seen meanwhile is no reason to write; the store that has forgotten it has forgotten this record too.
+        if (
+            stored is None
+            or msgspec.structs.replace(stored.record, seen=0) != self.record
+            or self._signatures.is_worn(stored)
+        ):
+            record, key = msgspec.structs.replace(self.record, seen=self._seen()), node_key(self.record.node)
             value = self._signatures.sign(record)
             self._store.txn((), (Put(key, value, self._lease),))
             self._stored = self._signatures.verify(NodeRecord, key, value)

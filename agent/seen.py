@@ -12,9 +12,10 @@ from typing import Final, NamedTuple
 
 from hivewire import logs
 
-#: So long after its deletion a record does not come back as it was. What comes back later, from a backup, a manager has
-#: seen by then, and has signed anew what still holds.
-GONE_S: Final = 3600.0
+#: So long after its deletion a record does not come back as it was. What still holds a manager has signed anew by then.
+GONE_S: Final = 7 * 24 * 3600.0
+#: Of so many deleted records, the last ones, this is remembered.
+MOST_GONE: Final = 50_000
 
 _TABLE: Final = """
 create table if not exists seen (
@@ -74,6 +75,16 @@ class Seen:
                 del self._entries[key]
             if old:
                 self._execute("delete from seen where gone_at > 0 and gone_at <= ?", (long_ago,))
+            gone = sorted((entry.gone_at, key) for key, entry in self._entries.items() if entry.gone_at > 0)
+            for _, key in gone[: max(0, len(gone) - MOST_GONE)]:
+                del self._entries[key]
+                self._execute("delete from seen where key = ?", (key,))
+
+    @property
+    def newest(self) -> int:
+        """The highest generation of all that was seen."""
+        with self._lock:
+            return max((entry.generation for entry in self._entries.values()), default=0)
 
     def values(self) -> dict[str, bytes]:
         """The records that were kept whole, by key."""

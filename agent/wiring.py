@@ -60,8 +60,17 @@ def run(settings: AgentSettings) -> bool:
     queue: WorkQueue[TaskId] = WorkQueue()
     store = open_store(settings, local.managers)
     signatures = SwarmSignatures(identity, Managers(lambda: tasks.node().manager_ids))
-    presence = NodePresence(store, signatures, record, kernel.underlay, lambda: queue_all(reconciler))
     seen, calls = Seen(settings.state_folder / "seen.sqlite"), Calls()
+    book, guard_book = Book(signatures, seen), Book(signatures, seen)
+    presence = NodePresence(
+        store,
+        signatures,
+        record,
+        kernel.underlay,
+        lambda: queue_all(reconciler),
+        seen=lambda: seen.newest,
+        doubts=lambda: (*book.doubts(), *guard_book.doubts()),
+    )
     reconciler = TaskReconciler(
         node=lambda: presence.record,
         tasks=tasks,
@@ -69,10 +78,10 @@ def run(settings: AgentSettings) -> bool:
         store=store,
         queue=queue,
         signatures=signatures,
-        book=Book(signatures, seen),
+        book=book,
         bridge=lambda: way_out(calls),
     )
-    guard = Guard(tasks, store, Book(signatures, seen), settings.namespaces, settings.resync_s)
+    guard = Guard(tasks, store, guard_book, settings.namespaces, settings.resync_s)
     server = ReportServer(
         (str(record.underlay_address), settings.report_port),
         identity,

@@ -25,11 +25,16 @@ class Evidence:
     agent: NodeRecord | None = None
     """What that node's agent registered; None: no agent is alive there."""
     neighbour: Node | None = None
-    """Another node that has the address of the claim's endpoint."""
+    """Another node that has the address of the claim's endpoint: in the Swarm, or by its agent's word where the address
+    is not the one that this node has in the Swarm."""
     key_owner: TaskId | None = None
     """The task that holds the claim's public key already."""
     admitted: PeerRecord | None = None
     """What an earlier claim of the task became."""
+    last_epoch: int = 0
+    """Of the claim of this task that was admitted last, also where its peer is gone meanwhile."""
+    last_key: str = ""
+    """The public key of that claim."""
     quarantine: str = ""
     """Why a person has shut the task out, beginning with "quarantined"; empty: nobody has."""
 
@@ -60,12 +65,24 @@ def _mismatch(claim: ClaimRecord, task: Task, evidence: Evidence) -> Refused | N
         return Refused(f"the task belongs to service {task.service}, not to {claim.service}")
     if evidence.policy is None or evidence.policy.mode is Mode.OFF:
         return Refused("its service is not in the mesh")
+    return _wrong_key(claim, evidence) or _wrong_endpoint(claim, evidence)
+
+
+def _wrong_key(claim: ClaimRecord, evidence: Evidence) -> Refused | None:
     is_known = evidence.admitted is not None and evidence.admitted.public_key == claim.public_key
-    if not is_known and not PublicKey.parse(claim.public_key).is_usable:
+    key = PublicKey.parse(claim.public_key)
+    if not is_known and not key.is_usable:
         return Refused("its public key is a low-order point, with which no secret can be agreed")
+    if not key.is_canonical:
+        return Refused("its public key is written as no device writes it, so that it could be another's in disguise")
     if evidence.key_owner not in (None, claim.task):
         return Refused(f"its public key belongs to task {evidence.key_owner}")
-    return _wrong_endpoint(claim, evidence)
+    if claim.epoch <= evidence.last_epoch and claim.public_key != evidence.last_key:
+        return Refused(
+            f"its public key is of epoch {claim.epoch}, and one of epoch {evidence.last_epoch} was admitted before: "
+            "an earlier key does not come back (or the node's clock was set back)"
+        )
+    return None
 
 
 def _wrong_endpoint(claim: ClaimRecord, evidence: Evidence) -> Refused | None:
@@ -99,7 +116,7 @@ def _peer(claim: ClaimRecord, task: Task, evidence: Evidence) -> PeerRecord | Re
         node=task.node,
         public_key=claim.public_key,
         endpoint=claim.endpoint,
-        epoch=claim.epoch,
+        epoch=max(claim.epoch, evidence.last_epoch),
         addresses=addresses,
         serving=claim.serving and task.is_wanted and task.state in CAN_SERVE,
     )

@@ -15,6 +15,7 @@ _CLASSES: Final = (
     ("node", ("the task runs on node", "is not in the Swarm")),
     ("service", ("the task belongs to service",)),
     ("not_meshed", ("its service is not in the mesh", "no address on an overlay network")),
+    ("epoch", ("its public key is of epoch",)),
     ("key", ("its public key",)),
     ("endpoint", ("its endpoint", "its port")),
     ("signature", ("signature", "signed", "certificate", "generation")),

@@ -53,6 +53,7 @@ class Known(Generic[R]):
         # Of keys that are gone too: what was deleted does not come back as it was.
         self._generations: dict[str, int] = {}
         self._filed: dict[Word, set[str]] = defaultdict(set)
+        self._anew_until = -1
         self.is_complete = False
         """Whether the store was read at least once."""
 
@@ -79,6 +80,11 @@ class Known(Generic[R]):
                 self._unfile(key)
                 self._take(key, value)
 
+    def write_anew(self, until: int) -> None:
+        """Count what has this generation or a lower one as to be written anew: readers have seen newer ones."""
+        with self._lock:
+            self._anew_until = max(self._anew_until, until)
+
     def record(self, key: str) -> R | None:
         with self._lock:
             signed = self._records.get(key)
@@ -91,7 +97,7 @@ class Known(Generic[R]):
             return {key: signed.record for key, signed in found.items()}
 
     def stored(self, word: Word | None = None) -> dict[str, R | None]:
-        """As ``records``; None for what is there and must be written anew, since it was refused or is worn."""
+        """As ``records``; None for what is there and must be written anew: refused, worn, older than readers want."""
         with self._lock:
             return {
                 key: self._sound(key) for key in (self._values if word is None else self._under(word, self._values))
@@ -111,8 +117,9 @@ class Known(Generic[R]):
 
     def _sound(self, key: str) -> R | None:
         signed = self._records.get(key)
-        is_sound = signed is not None and key not in self._refused and not self._signatures.is_worn(signed)
-        return signed.record if signed is not None and is_sound else None
+        if signed is None or key in self._refused or signed.generation <= self._anew_until:
+            return None
+        return None if self._signatures.is_worn(signed) else signed.record
 
     def _under(self, word: Word, things: Mapping[str, T]) -> dict[str, T]:
         return {key: things[key] for key in sorted(self._filed.get(word, ())) if key in things}
@@ -131,6 +138,7 @@ class Known(Generic[R]):
         try:
             signed = self._signatures.verify(self._kind, key, value)
             if signed.generation < self._generations.get(key, 0):
+                self._signatures.refused["replay"] += 1
                 raise UnverifiedRecord("replay", "it is older than one that was there before")
             self._records[key] = signed
             self._remember(key, signed.generation)

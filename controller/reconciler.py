@@ -15,6 +15,7 @@ import msgspec
 
 from controller import quarantine
 from controller.admission import CAN_SERVE, Evidence, Refused, judge
+from controller.budget import Budget
 from controller.known import Known, Word
 from controller.leader import LeaderRecord, Leadership
 from controller.policy.compile import Compiled, MeshDefaults, compile_mesh
@@ -81,6 +82,8 @@ SETTLE_LONGEST_S: Final = 120.0
 FOLLOW_NODES_S: Final = 5.0
 #: From so many claims on, one listing of all tasks costs less than as many questions.
 MANY_CLAIMS: Final = 100
+#: So long wait the claims of a node that writes more of them than it can have tasks.
+FLOOD_WAIT_S: Final = 5.0
 #: Those that Swarm no longer wants too: they are peers until they are gone, so that open connections drain.
 EVERY_STATE: Final = frozenset[str]()
 #: An empty store counts as filled when all running tasks have claimed, or after this time.
@@ -146,18 +149,22 @@ class MeshReconciler:
         self._nodes_changed_at = float("-inf")
         self._filling_since: float | None = None
         self._all_tasks_read = False
+        # Epoch and key of the claim that was admitted last, of every task that there is or that somebody claims.
+        self._last: dict[TaskId, tuple[int, str]] = {}
+        self._budget = Budget(monotonic=monotonic)
         self._swarm_error = ""
         self.on_nodes: Callable[[Mapping[NodeId, Node]], None] = lambda _: None
         """Called with every reading of the Swarm, on the thread of ``reconcile``."""
         self.mirror = Mirror(store, self.on_records, clock=monotonic)
         self._writer = Writer(store, self.mirror)
-        self._agents = Known(NodeRecord, NODES, self._writer, signatures)
+        self._agents = Known(NodeRecord, NODES, self._writer, signatures, _words_of_agent)
         self._claims = Known(ClaimRecord, CLAIMS, self._writer, signatures, _words_of_claim)
         self._peers = Known(PeerRecord, PEERS, self._writer, signatures, _words_of_peer)
         self._policies = Known(PolicyRecord, POLICIES, self._writer, signatures)
         self._guards = Known(GuardRecord, GUARDS, self._writer, signatures)
         self._statuses = Known(StatusRecord, STATUS, self._writer, signatures)
         self._quarantines = Known(QuarantineRecord, QUARANTINES, self._writer, signatures)
+        self._anew_until = -1
         self._lost_quarantines: dict[str, QuarantineRecord] = {}
         self._known: dict[str, Known[Any]] = {
             NODES: self._agents,
@@ -192,12 +199,7 @@ class MeshReconciler:
         """Called by the mirror."""
         self._look_at(prefix, changed_keys, complete)
         if prefix == CLAIMS:
-            tasks = {_task_of(key) for key in changed_keys}
-            if tasks and (complete or len(tasks) > MANY_CLAIMS):
-                self._queue.add(AllTasks())
-            else:
-                for task in sorted(tasks):
-                    self._queue.add(Claim(task))
+            self._on_claims(changed_keys, complete=complete)
         elif prefix == LEADER_KEY:
             if not self.mirror.items(LEADER_KEY):
                 self._leadership().nudge()
@@ -208,6 +210,8 @@ class MeshReconciler:
                 waiting = sorted({r.task for r in self._refused.values() if r.node in nodes})
             for task in waiting:
                 self._queue.add(Claim(task))
+            if self._newest_seen() > self._signatures.newest:
+                self._queue.add(AllTasks())
         elif prefix in (POLICIES, GUARDS, MESH_KEY) and changed_keys:
             self._queue.add(WholeMesh())
         elif prefix == PEERS and any(key in self._peers.refused for key in changed_keys):
@@ -219,6 +223,21 @@ class MeshReconciler:
             self._queue.add(WholeMesh())
         elif prefix == PEERS and complete and changed_keys:
             self._queue.add(AllTasks())
+
+    def _on_claims(self, changed_keys: frozenset[str], *, complete: bool) -> None:
+        """Judge them soon; those of a node that writes without end all together, and later."""
+        by_node = defaultdict[NodeId, set[TaskId]](set)
+        for key in changed_keys:
+            by_node[_node_of(key)].add(_task_of(key))
+        prompt = {n: tasks for n, tasks in by_node.items() if complete or self._budget.spend(n, len(tasks))}
+        if len(prompt) < len(by_node):
+            self._queue.add_after(AllTasks(), FLOOD_WAIT_S)
+        tasks = frozenset[TaskId]().union(*prompt.values())
+        if tasks and (complete or len(tasks) > MANY_CLAIMS):
+            self._queue.add(AllTasks())
+        else:
+            for task in sorted(tasks):
+                self._queue.add(Claim(task))
 
     def _look_at(self, prefix: str, changed_keys: frozenset[str], complete: bool) -> None:
         if complete:
@@ -342,12 +361,12 @@ class MeshReconciler:
         if not self._is_ready():
             self._queue.add_after(AllTasks(), 0.1)
             return
+        self._catch_up()
         tasks = {task.id: task for task in self._ask(self._swarm.tasks)}
         claims = self._claims.records()
-        for task in {_task_of(key) for key in claims} - tasks.keys():  # on its way out, or not known to Swarm
-            found = self._find(task)
-            if found is not None:
-                tasks[task] = found
+        claimed = {_task_of(key) for key in claims}
+        tasks |= self._find_all(claimed - tasks.keys())  # on their way out, or not known to Swarm
+        self._last = {task: last for task, last in self._last.items() if task in tasks or task in claimed}
         with self._lock:
             self._tasks = tasks
             self._all_tasks_read = True
@@ -355,6 +374,28 @@ class MeshReconciler:
         self._judge(claims, self._peers.stored())
         if self._monotonic() - nodes_changed_at < FOLLOW_NODES_S:
             self._queue.add_after(AllTasks(), 1.0)
+
+    def _newest_seen(self) -> int:
+        """The highest generation of a manager's record that an agent says it has seen. One that no clock has reached is
+        no manager's: a node could otherwise use the numbers up.
+        """
+        reached = self._signatures.reached
+        return max((it.seen for it in self._alive_agents().values() if it.seen <= reached), default=0)
+
+    def _catch_up(self) -> None:
+        """Where agents have seen newer records than there are, the store is an older state of itself: a backup. They do
+        not believe what is in it, so what still holds is signed anew. Quarantines are a person's word, which may have
+        been another one since: agents keep the one they know.
+        """
+        seen = self._newest_seen()
+        if seen <= self._signatures.newest:
+            return
+        self._log.warning("store.rolled_back", generation=seen, newest=self._signatures.newest)
+        self._signatures.outrun(seen)
+        self._anew_until = seen
+        for known in (self._policies, self._guards, self._peers):
+            known.write_anew(seen)
+        self._queue.add(WholeMesh())
 
     def _service_tasks(self, service: ServiceId) -> None:
         if not self._is_ready():
@@ -404,6 +445,7 @@ class MeshReconciler:
                 refused[key] = RefusedClaim(node, task, verdict.reason)
             elif verdict is not None:
                 desired[peer_key(verdict.service, verdict.task)] = verdict
+                self._last[task] = (verdict.epoch, verdict.public_key)
                 owners[claim.public_key] = task
         self._note_refused(claims, refused)
         self._write(difference(desired, stored), "peers.written")
@@ -412,17 +454,27 @@ class MeshReconciler:
         """``owners`` hold the keys of claims that were admitted just now."""
         assert self._snapshot is not None  # noqa: S101  _is_ready
         assert self._compiled is not None  # noqa: S101
-        at_endpoint = self._addresses.get(str(claim.endpoint.address), ())
+        node = self._snapshot.nodes.get(claim.node)
+        neighbours = list(self._addresses.get(str(claim.endpoint.address), ()))
+        if node is None or node.address != str(claim.endpoint.address):
+            # No agent's word takes away the address that a node has in the Swarm.
+            agents = self._agents.records(("address", str(claim.endpoint.address))).values()
+            neighbours += [self._snapshot.nodes[it.node] for it in agents if it.node in self._snapshot.nodes]
+        admitted = self._peers.record(peer_key(claim.service, claim.task))
+        stored = (0, "") if admitted is None else (admitted.epoch, admitted.public_key)
+        last = max(self._last.get(task, stored), stored)
         holders = [peer.task for peer in self._peers.records(("key", claim.public_key)).values()]
         agent = self._agents.record(node_key(claim.node))  # may name another node
         return Evidence(
             task=self._tasks.get(task),
             policy=self._compiled.policies.get(claim.service),
-            node=self._snapshot.nodes.get(claim.node),
+            node=node,
             agent=agent if agent is not None and agent.node == claim.node else None,
-            neighbour=next((n for n in at_endpoint if n.id != claim.node), None),
+            neighbour=next((it for it in neighbours if it.id != claim.node), None),
             key_owner=min(holders, default=owners.get(claim.public_key)),
-            admitted=self._peers.record(peer_key(claim.service, claim.task)),
+            admitted=admitted,
+            last_epoch=last[0],
+            last_key=last[1],
             quarantine=self._why_shut_out(claim),
         )
 
@@ -494,6 +546,14 @@ class MeshReconciler:
         except TaskGone:
             return None
 
+    def _find_all(self, tasks: set[TaskId]) -> dict[TaskId, Task]:
+        """Those of them that Swarm knows: by one question each, or by one listing where these would be many."""
+        if len(tasks) <= MANY_CLAIMS:
+            found = (self._find(task) for task in sorted(tasks))
+            return {task.id: task for task in found if task is not None}
+        listed = self._ask(lambda: self._swarm.tasks(None, EVERY_STATE))
+        return {task.id: task for task in listed if task.id in tasks}
+
     def _alive_agents(self) -> dict[NodeId, NodeRecord]:
         """By node; what an agent says in another one's name does not count."""
         return {r.node: r for key, r in self._agents.records().items() if key == node_key(r.node)}
@@ -505,7 +565,8 @@ class MeshReconciler:
             signed = None if value is None else self._signatures.verify(MeshRecord, MESH_KEY, value)
         except InvalidRecord:
             return None
-        return None if signed is None or self._signatures.is_worn(signed) else signed.record
+        is_sound = signed is not None and signed.generation > self._anew_until and not self._signatures.is_worn(signed)
+        return signed.record if signed is not None and is_sound else None
 
     # What it shows.
 
@@ -621,6 +682,10 @@ def _node_of(key: str) -> NodeId:
 
 def _task_of(key: str) -> TaskId:
     return TaskId(split_key(key)[-1])
+
+
+def _words_of_agent(parts: tuple[str, ...], agent: NodeRecord | None) -> Iterable[Word]:
+    return () if agent is None else (("address", str(agent.underlay_address)),)
 
 
 def _words_of_claim(parts: tuple[str, ...], claim: ClaimRecord | None) -> Iterable[Word]:

@@ -48,7 +48,18 @@ from controller.policy.findings import finding
 from controller.state import MeshState
 from controller.swarm.snapshot import Node, Service
 from hivewire.ids import NetworkId, NodeId, ServiceId, TaskId
-from hivewire.records import Finding, Link, Mode, PolicyRecord, PortRange, QuarantineKind, Severity, TaskPhase
+from hivewire.records import (
+    Doubt,
+    Finding,
+    Link,
+    Mode,
+    NodeRecord,
+    PolicyRecord,
+    PortRange,
+    QuarantineKind,
+    Severity,
+    TaskPhase,
+)
 from hivewire.reports import InterfaceReport, PeerReport
 
 SESSION_S: Final = 180
@@ -643,10 +654,22 @@ def _unverified(key: str, reason: str) -> Finding:
     )
 
 
+def _doubted(node: NodeRecord, doubt: Doubt) -> Finding:
+    return finding(
+        "HW321",
+        node.hostname,
+        f"the agent on {node.hostname} does not believe the record {doubt.key}: {doubt.reason}",
+        "what it believed last stays in force there; set the clocks of both nodes, else see who wrote the record",
+    )
+
+
 def _findings(state: MeshState) -> list[FindingView]:
     found = frozenset(state.findings).union(*(policy.findings for policy in state.policies.values()))
     found |= frozenset(quarantine.findings(state))
     found |= frozenset(_unverified(key, reason) for key, reason in state.unverified.items())
+    found |= frozenset(
+        _doubted(it, d) for it in state.nodes.values() for d in it.doubts if d.key not in state.unverified
+    )
     shown = (
         FindingView(
             code=it.code, severity=it.severity, subject=it.subject, message=it.message, remedy=it.remedy, label=it.label

@@ -137,7 +137,7 @@ def run(settings: ControllerSettings) -> bool:
         Source(reconciler, agents, store, signatures, keeper),
         tokens,
         __version__,
-        vitals=lambda: _vitals(reconciler, identity, pairs),
+        vitals=lambda: _vitals(reconciler, identity, pairs, signatures.refused),
         metrics_auth=settings.metrics_auth,
     )
     servers = _servers(settings, app, pairs)
@@ -201,7 +201,9 @@ def _servers(settings: ControllerSettings, app: FastAPI, pairs: Pairs | None) ->
     return servers if pairs is None else [*servers, ApiServer(app, str(settings.api_socket.absolute()), 0)]
 
 
-def _vitals(reconciler: MeshReconciler, identity: IdentitySource, pairs: Pairs | None) -> Vitals:
+def _vitals(
+    reconciler: MeshReconciler, identity: IdentitySource, pairs: Pairs | None, refused: Mapping[str, int]
+) -> Vitals:
     expiry: dict[str, float] = {}
     for purpose, read in (("node", identity.current), ("api", pairs.current if pairs else None)):
         try:
@@ -215,6 +217,7 @@ def _vitals(reconciler: MeshReconciler, identity: IdentitySource, pairs: Pairs |
         store_watch_restarts=mirror.watch_restarts,
         store_lists=mirror.relists,
         store_history_changes=mirror.reset_count,
+        records_refused=dict(refused),
     )
 
 

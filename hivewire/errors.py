@@ -4,6 +4,8 @@ Adapters catch what their library raises and raise one of these with ``from``; n
 exception. A message is written for an operator: it names the thing, says what is wrong and what to do.
 """
 
+from typing import Final
+
 
 class HivewireError(Exception):
     """Root of everything that Hivewire raises on purpose."""
@@ -25,11 +27,13 @@ class InvalidRecord(InvalidInput):
     """A stored record cannot be read; it is ignored and shown, and the last good state stays."""
 
 
+CAUSES: Final = ("size", "form", "path", "certificate", "role", "clock", "signature", "replay")
+
+
 class UnverifiedRecord(InvalidRecord):
     """Nobody who may write a record has signed it so: it counts as not written.
 
-    ``cause`` is one of a few words, for counting: ``size``, ``form``, ``path``, ``certificate``, ``role``, ``clock``,
-    ``signature`` or ``replay``.
+    ``cause`` is one of ``CAUSES``, for counting.
     """
 
     def __init__(self, cause: str, message: str) -> None:

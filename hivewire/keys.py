@@ -48,6 +48,13 @@ class PublicKey:
             return False
         return True
 
+    @property
+    def is_canonical(self) -> bool:
+        """Whether it is written as devices write it: reduced, without the top bit. Else it may be another key's double,
+        with which the same secret is agreed (RFC 7748, section 5).
+        """
+        return int.from_bytes(self._raw, "little") < _P
+
     def __str__(self) -> str:
         return base64.b64encode(self._raw).decode("ascii")
 
@@ -98,6 +105,7 @@ class PrivateKey:
         raise TypeError("a private key is not serialised")
 
 
+_P: Final = (1 << 255) - 19
 # Any valid scalar does: only the shared secret's being zero or not is asked for.
 _PROBE: Final = bytes([8]) + bytes(30) + bytes([64])
 

@@ -135,6 +135,13 @@ class MeshRecord(Record, frozen=True, kw_only=True):
     """No record of a manager has a generation below this one, in whole days: for agents that have seen none yet."""
 
 
+class Doubt(Record, frozen=True, kw_only=True):
+    """A stored record that a reader does not believe, and why."""
+
+    key: str
+    reason: str
+
+
 class NodeRecord(Record, frozen=True, kw_only=True):
     """An agent's word about its node; it hangs on the agent's lease."""
 
@@ -149,6 +156,10 @@ class NodeRecord(Record, frozen=True, kw_only=True):
     last_port: int
     report_port: int = 0
     """Where the agent answers the controller's questions over mTLS; 0: nowhere."""
+    seen: int = 0
+    """The highest generation of a manager's record that this node has ever seen, as of when this was written."""
+    doubts: tuple[Doubt, ...] = ()
+    """What the agent does not believe now; some of it, where it is a lot."""
 
 
 class ClaimRecord(Record, frozen=True, kw_only=True):

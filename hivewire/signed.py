@@ -41,6 +41,8 @@ ALGORITHM: Final = "ES256"
 MAX_SKEW: Final = timedelta(minutes=5)
 #: No record is larger: etcd takes 1.5 MiB in one request.
 MAX_BYTES: Final = 1 << 20
+#: A node's own records are small, and it may write as many as it likes.
+MAX_BYTES_OF_NODES: Final = 1 << 16
 #: Certificates that were verified already; more than nodes and their renewals there never are.
 _MAX_CERTIFICATES: Final = 10_000
 _MAX_CHAIN: Final = 8
@@ -81,8 +83,25 @@ class Signatures(Protocol):
         """Read what is stored below a key. Raises UnverifiedRecord, InvalidRecord and RecordTooNew."""
         ...
 
+    refused: Counter[str]
+    """How often a record was not believed, by cause; one that stays is looked at again and again."""
+
     def is_worn(self, signed: Signed[Any]) -> bool:
         """Whether a record that this node may sign should be signed anew: soon nobody could verify it."""
+        ...
+
+    @property
+    def newest(self) -> int:
+        """The highest generation of a manager's record that was signed or verified here."""
+        ...
+
+    @property
+    def reached(self) -> int:
+        """The highest generation that a clock which is right may have given."""
+        ...
+
+    def outrun(self, generation: int) -> None:
+        """Sign with higher generations only from now on."""
         ...
 
 
@@ -134,7 +153,6 @@ class SwarmSignatures:
         self._certificates: dict[tuple[str, ...], _Certificate] = {}
         self._generation = 0
         self.refused: Counter[str] = Counter()
-        """How many records were not believed, by cause."""
 
     def sign(self, record: Record) -> bytes:
         _, key, chain, _ = self._mine()
@@ -168,13 +186,27 @@ class SwarmSignatures:
         half = signed.signer.valid_from + (signed.signer.valid_until - signed.signer.valid_from) / 2
         return self._now() > half and mine.expires > signed.signer.valid_until
 
+    @property
+    def newest(self) -> int:
+        with self._lock:
+            return self._generation
+
+    @property
+    def reached(self) -> int:
+        return int((self._now() + MAX_SKEW).timestamp() * 1000)
+
+    def outrun(self, generation: int) -> None:
+        with self._lock:
+            self._generation = max(self._generation, generation)
+
     def _refusal(self, cause: str, message: str) -> UnverifiedRecord:
         self.refused[cause] += 1
         return UnverifiedRecord(cause, message)
 
     def _opened(self, key: str, data: bytes) -> tuple[bytes, int, Signer]:
-        if len(data) > MAX_BYTES:
-            raise UnverifiedRecord("size", f"it has {len(data)} bytes, the most is {MAX_BYTES}")
+        most = MAX_BYTES if writer_of(key) is None else MAX_BYTES_OF_NODES
+        if len(data) > most:
+            raise UnverifiedRecord("size", f"it has {len(data)} bytes, the most is {most}")
         try:
             header = self._jws.get_unverified_header(data)
         except (jwt.PyJWTError, ValueError, RecursionError) as error:

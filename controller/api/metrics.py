@@ -24,7 +24,7 @@ from controller.api.access import Role, Rule
 from controller.api.shapes import AgentState, ClaimState, LinkState, TaskState
 from controller.policy.findings import KINDS
 from controller.state import MeshState
-from hivewire.errors import Unavailable
+from hivewire.errors import CAUSES, Unavailable
 from hivewire.records import (
     CLAIMS,
     GUARDS,
@@ -71,6 +71,8 @@ class Vitals:
     store_lists: int = 0
     store_history_changes: int = 0
     """How often the store turned out to have been wiped or replaced."""
+    records_refused: Mapping[str, int] = field(default_factory=dict)
+    """By cause, how often a stored record was not believed."""
 
 
 class Meters:
@@ -197,8 +199,7 @@ def _mesh(picture: view.Picture) -> Iterator[Metric]:
     yield _count("hivewire_claims", "Claims of agents by what became of them.", [it.value for it in ClaimState], rows)
     refused: Values = {(name,): float(count) for name, count in claims.refused_by_class(state)}
     yield _gauge("hivewire_refused_claims", "Claims that are refused now, by reason.", ("reason",), refused)
-    # By the first part of their key. A counter by reason (``hivewire_unverified_records_total``) needs whoever reads
-    # the records to count: the state holds only those that stand there now.
+    # By the first part of their key. By cause they are counted where they are read, among the vitals.
     parts = [split_key(key)[0] for key in state.unverified]
     shown = [part if part in _RECORDS else "other" for part in parts]
     unverified: Values = {(kind,): float(shown.count(kind)) for kind in (*_RECORDS, "other")}
@@ -243,6 +244,15 @@ def _vitals(vitals: Vitals) -> Iterator[Metric]:
     expiry: Values = {(purpose,): at for purpose, at in vitals.certificates.items()}
     about = "When a certificate expires, Unix time."
     yield _gauge("hivewire_certificate_expiry_timestamp_seconds", about, ("purpose",), expiry)
+    causes: Values = {(cause,): float(vitals.records_refused.get(cause, 0)) for cause in CAUSES}
+    refusals = CounterMetricFamily(
+        "hivewire_record_refusals",
+        "How often a stored record was not believed, by cause; one that stays is looked at again and again.",
+        labels=("cause",),
+    )
+    for labels, value in causes.items():
+        refusals.add_metric(labels, value)
+    yield refusals
     counters = {
         "hivewire_store_watch_restarts": ("Watches of the store that were opened.", vitals.store_watch_restarts),
         "hivewire_store_lists": ("Complete lists of a prefix of the store.", vitals.store_lists),

@@ -83,6 +83,7 @@ _ROWS: Final = (
     ("HW307", _E, "unknown guard", "hivewire.guard of a network is neither strict nor default."),
     ("HW310", _W, "quarantined", "A person has shut tasks of the service, or of the node, out of the mesh."),
     ("HW320", _E, "record not believed", "A record in etcd is not signed by who may write it; it has no effect."),
+    ("HW321", _E, "record not believed on a node", "The agent of a node does not believe a record of a manager."),
     ("HW401", _E, "no WireGuard on a node", "Neither the kernel of the node nor a userspace program offers WireGuard."),
     ("HW402", _W, "no agent on a node", "Tasks of the mesh on this node get no links."),
     ("HW403", _W, "handshake fails", "Two nodes do not reach each other over UDP."),

@@ -1,6 +1,7 @@
 """Signatures for tests of what lies behind them: a record's bytes are the record, and everybody is believed."""
 
 import itertools
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ _NOBODY = Signer(NodeId(""), "", "", datetime.min.replace(tzinfo=UTC), datetime.
 
 
 class Unsigned:
+    def __init__(self) -> None:
+        self.refused: Counter[str] = Counter()
+
     def sign(self, record: Record) -> bytes:
         return encode(record)
 
@@ -24,3 +28,14 @@ class Unsigned:
 
     def is_worn(self, signed: Signed[Any]) -> bool:
         return False
+
+    @property
+    def newest(self) -> int:
+        return 0
+
+    @property
+    def reached(self) -> int:
+        return 0
+
+    def outrun(self, generation: int) -> None:
+        raise AssertionError("nobody has seen a generation: there are none")

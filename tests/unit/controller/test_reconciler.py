@@ -346,7 +346,7 @@ def test_a_key_belongs_to_one_task(cluster: Cluster) -> None:
     assert refusals(cluster) == {first.id: f"its public key belongs to task {second.id}"}
     cluster.resync()
     assert set(cluster.peers()) == {second.id}
-    cluster.claim(second, key=key_of("own"))
+    cluster.claim(second, key=key_of("own"), epoch=2)
     cluster.settle()
     cluster.resync()
     assert set(cluster.peers()) == {first.id, second.id}
