@@ -470,7 +470,7 @@ class MeshReconciler:
             policy=self._compiled.policies.get(claim.service),
             node=node,
             agent=agent if agent is not None and agent.node == claim.node else None,
-            neighbour=next((it for it in neighbours if it.id != claim.node), None),
+            neighbour=min((it for it in neighbours if it.id != claim.node), key=lambda it: it.id, default=None),
             key_owner=min(holders, default=owners.get(claim.public_key)),
             admitted=admitted,
             last_epoch=last[0],

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from controller.admission import Evidence, Refused, judge
 from controller.leader import LEASE_S
 from controller.policy.compile import MeshDefaults, compile_mesh
-from controller.swarm.snapshot import Task
+from controller.swarm.snapshot import Node, SwarmSnapshot, Task
 from hivewire.ids import NodeId, ServiceId, TaskId
 from hivewire.records import (
     CLAIMS,
@@ -262,6 +262,7 @@ class ControllerMachine(RuleBasedStateMachine):
                     policy=policies.get(claim.service),
                     node=swarm.nodes.get(claim.node),
                     agent=self._agent(claim.node),
+                    neighbour=self._neighbour(swarm, claim),
                     key_owner=owners.get(claim.public_key),
                     admitted=peers.get(TaskId(task)),
                 ),
@@ -272,6 +273,16 @@ class ControllerMachine(RuleBasedStateMachine):
                 shown = {(r.node, r.task): r.reason for r in self.cluster.replicas[0].reconciler.state().refused}
                 assert shown[NodeId(node), TaskId(task)] == verdict.reason
         assert self.cluster.stored(PEERS) == expected
+
+    def _neighbour(self, swarm: SwarmSnapshot, claim: ClaimRecord) -> Node | None:
+        """The first of the other nodes whose address the claim names; an agent's word is no match for the Swarm's."""
+        address = str(claim.endpoint.address)
+        own = swarm.nodes.get(claim.node)
+        named = [node for node in swarm.nodes.values() if node.address == address]
+        if own is None or own.address != address:
+            registered = ((node, self._agent(node.id)) for node in swarm.nodes.values())
+            named += [node for node, agent in registered if agent and str(agent.underlay_address) == address]
+        return min((node for node in named if node.id != claim.node), key=lambda node: node.id, default=None)
 
     def _agent(self, node: NodeId) -> NodeRecord | None:
         item = self.cluster.store.get(node_key(node))

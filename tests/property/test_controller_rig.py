@@ -96,6 +96,7 @@ class Cluster:
         self.network = self.swarm.add_network("shop_app", "10.1.0.0/20")
         self.node = next(iter(self.swarm.snapshot().nodes))
         self.replicas = [self.start(name) for name in replicas]
+        self._claimed: dict[TaskId, tuple[str, int]] = {}
 
     # Controllers.
 
@@ -189,7 +190,7 @@ class Cluster:
         address: str = "",
         key: str = "",
         serving: bool = True,
-        epoch: int = 1,
+        epoch: int = 0,
     ) -> str:
         """What the agent of the task's node writes, but for what is given. Returns the key of the record."""
         node = node or task.node
@@ -199,15 +200,23 @@ class Cluster:
             service=service or task.service,
             node=node,
             container=task.container,
-            public_key=key or key_of(task.id),
+            public_key=(public_key := key or key_of(task.id)),
             endpoint=Endpoint(
                 address=IPv4Address(address or (known.address if known else "10.77.0.1")), port=FIRST_PORT
             ),
-            epoch=epoch,
+            epoch=epoch or self._epoch(task.id, public_key),
             serving=serving,
         )
         self.store.put(claim_key(node, task.id), encode(record))
         return claim_key(node, task.id)
+
+    def _epoch(self, task: TaskId, public_key: str) -> int:
+        """Every new interface of a task has a later one, whatever keys the task had before."""
+        key, epoch = self._claimed.get(task, ("", 0))
+        if key != public_key:
+            epoch += 1
+        self._claimed[task] = (public_key, epoch)
+        return epoch
 
     # The store.
 
