@@ -13,7 +13,9 @@ from collections.abc import Iterator, Set
 from ipaddress import IPv4Address
 from typing import Final
 
-from agent.kernel.rtnetlink import Netlink, Request, attribute, attributes
+from agent.kernel.decode import attributes
+from agent.kernel.encode import NLA_F_NESTED, attribute
+from agent.kernel.rtnetlink import Netlink, Request
 
 _NFNL_SUBSYS_CTNETLINK: Final = 1
 _IPCTNL_MSG_CT_GET: Final = 1
@@ -25,7 +27,6 @@ _CTA_ZONE: Final = 18
 _CTA_TUPLE_IP: Final = 1
 _CTA_IP_V4_SRC: Final = 1
 _CTA_IP_V4_DST: Final = 2
-_NLA_F_NESTED: Final = 0x8000
 _BODY_AT: Final = 20
 """Netlink header (16 bytes) and struct nfgenmsg (4 bytes)."""
 # struct nfgenmsg: family, version, resource id.
@@ -63,7 +64,7 @@ def _identity(message: bytes, wanted: Set[bytes]) -> Iterator[bytes]:
     found = dict(attributes(message, _BODY_AT))
     tuples = (found.get(_CTA_TUPLE_ORIG, b""), found.get(_CTA_TUPLE_REPLY, b""))
     if any(not wanted.isdisjoint(_addresses(part)) for part in tuples):
-        parts = [attribute(_CTA_TUPLE_ORIG | _NLA_F_NESTED, found[_CTA_TUPLE_ORIG])]
+        parts = [attribute(_CTA_TUPLE_ORIG | NLA_F_NESTED, found[_CTA_TUPLE_ORIG])]
         # The id keeps a connection that took the place of this one meanwhile.
         parts += [attribute(kind, found[kind]) for kind in (_CTA_ID, _CTA_ZONE) if kind in found]
         yield b"".join(parts)

@@ -8,12 +8,12 @@ would keep the namespace, its interface and its UDP port alive after the contain
 Facts: setns(2), ioctl_ns(2), network_namespaces(7).
 """
 
+import _thread
 import contextlib
 import ctypes
 import errno
 import fcntl
 import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
@@ -34,6 +34,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 def identify(task: TaskId, path: str) -> Namespace:
     """The namespace behind a path. Raises NamespaceGone where there is none (yet), or where it is the node's own."""
     with _open(path) as fd:
+        _check(fd, path)
         status = os.fstat(fd)
     return Namespace(task, path, status.st_dev, status.st_ino)
 
@@ -41,6 +42,7 @@ def identify(task: TaskId, path: str) -> Namespace:
 @contextlib.contextmanager
 def opened(namespace: Namespace) -> Iterator[int]:
     """A descriptor of the namespace. Raises NamespaceGone where another one is behind its path by now."""
+    # What was found is no namespace of the node's own, and its number is nobody else's while that one is there.
     with _open(namespace.path) as fd:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != (namespace.device, namespace.inode):
@@ -69,7 +71,6 @@ def _open(path: str) -> Iterator[int]:
             raise NoPermission(f"{path} may not be opened: give the agent CAP_SYS_ADMIN") from error
         raise NamespaceGone(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        _check(fd, path)
         yield fd
     finally:
         os.close(fd)
@@ -112,10 +113,14 @@ def _run(enter: Callable[[], None], work: Callable[[], R]) -> R:
             results.append(work())
         except BaseException as error:  # noqa: BLE001 -- it is raised again in the thread that asked
             errors.append(error)
+        finally:
+            ended.release()
 
-    thread = threading.Thread(target=body, name="namespace", daemon=True)
-    thread.start()
-    thread.join()
+    # Not a Thread of threading: that one waits for the new thread to run before it waits for its end.
+    ended = _thread.allocate_lock()
+    ended.acquire()
+    _thread.start_new_thread(body, ())
+    ended.acquire()
     if errors:
         raise errors.pop()
     return results.pop()

@@ -2,45 +2,30 @@
 
 A device is born in the task's namespace by one message that a socket of the node sends. Its UDP socket stays in the
 namespace of that socket (wg_newlink in drivers/net/wireguard/device.c), so its packets leave on the underlay.
-Attributes and flags: linux/wireguard.h.
 """
 
-import base64
 import contextlib
 import errno
-import socket
 import threading
-from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Network, ip_address
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
-from pyroute2.netlink import ctrlmsg
-from pyroute2.netlink.generic.wireguard import wgmsg
-
+from agent.kernel import decode, encode, rtnetlink
 from agent.kernel import namespace as namespaces
-from agent.kernel import rtnetlink
 from agent.kernel.api import ALIAS, INTERFACE
 from agent.kernel.node import Place, temporary_name
 from agent.kernel.peers import Device, PeerChange
 from agent.kernel.ports import seemingly_free
-from agent.kernel.rtnetlink import NLM_F_DUMP, Calls, Link, Netlink, Request
-from agent.observed import ObservedPeer
+from agent.kernel.rtnetlink import Calls, Link, Netlink, Request
 from agent.ops import CreateInterface
 from hivewire.errors import KernelBusy, NoWireGuard
 from hivewire.ids import TaskId
-from hivewire.keys import PrivateKey, PublicKey
-from hivewire.records import Endpoint
 
 KIND: Final = "wireguard"
 
 _GENL_ID_CTRL: Final = 16
-_CTRL_CMD_GETFAMILY: Final = 3
-_WG_GENL_VERSION: Final = 1
-_WG_CMD_GET_DEVICE: Final = 0
-_WG_CMD_SET_DEVICE: Final = 1
-_WGPEER_F_REMOVE_ME: Final = 1
-_WGPEER_F_REPLACE_ALLOWEDIPS: Final = 2
-_WGPEER_F_UPDATE_ONLY: Final = 4
+_INDEX: Final = 0x68770000
+"""Of the interface in every task's namespace: so high that no kernel comes by it counting, and known without asking."""
 
 
 def is_offered(calls: Calls) -> bool:
@@ -74,61 +59,70 @@ class KernelDriver:
         self._lock = threading.Lock()
         self._family_id: int | None = None
 
-    def create(self, place: Place, op: CreateInterface) -> None:
-        name = temporary_name(place.namespace.task)
-        self._make_link(place, name, op.mtu)
-        link = rtnetlink.link_named(place.routes, name)
-        if link is None:
-            raise KernelBusy(f"{name} is gone as soon as it was made")
+    def create(self, place: Place, op: CreateInterface) -> Link:
+        index = self._make_link(place, op.mtu)
         try:
-            rtnetlink.change_link(place.routes, link.index, name=INTERFACE, alias=ALIAS)
-            # Only a matter of running connections being switched over, and of kernels with a strict default.
-            with contextlib.suppress(OSError):
-                rtnetlink.loosen_source_check(place.routes, link.index)
-            self._bind(place, link.index, op)
+            self._bind(place, index, op)
         except BaseException:
-            rtnetlink.remove_link(place.routes, link.index)
+            rtnetlink.remove_link(place.routes, index)
             raise
+        return Link(index, INTERFACE, KIND, ALIAS, op.mtu, is_up=True)
 
-    def _make_link(self, place: Place, name: str, mtu: int) -> None:
+    def _make_link(self, place: Place, mtu: int) -> int:
+        """A device that is down and has a temporary name; its index."""
+        name = temporary_name(place.namespace.task)
         with (
             contextlib.closing(Netlink(rtnetlink.NETLINK_ROUTE, self._calls)) as node,
             namespaces.opened(place.namespace) as fd,
         ):
-            left_over = rtnetlink.link_named(place.routes, name)
-            if left_over is not None:
-                rtnetlink.remove_link(place.routes, left_over.index)
+            # The name is looked up in the namespace of the caller, too, before Linux 6.15: hence not wg0 at once.
             try:
-                # The name is looked up in the namespace of the caller, too, before Linux 6.15: hence not wg0 at once.
-                rtnetlink.add_link(node, name, KIND, mtu, fd)
+                rtnetlink.add_link(node, name, KIND, mtu, fd, _INDEX)
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP:
                     raise NoWireGuard("this kernel has no WireGuard: load its module, or use wireguard-go") from error
-                raise
-
-    def _bind(self, place: Place, index: int, op: CreateInterface) -> None:
-        # The port of a device that is down is not bound yet: that it is in use shows when it comes up.
-        self._set(place, index, [("WGDEVICE_A_PRIVATE_KEY", _encoded(op.private_key.reveal()))])
-        for port in seemingly_free(op.first_port, op.last_port):
-            try:
-                self._set(place, index, [("WGDEVICE_A_LISTEN_PORT", port)])
-                rtnetlink.change_link(place.routes, index, up=True)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
+                if error.errno not in (errno.EEXIST, errno.EBUSY):
                     raise
             else:
+                return _INDEX
+            # Name or index is taken: by what an attempt left that was broken off, or by a device that is not ours.
+            left_over = rtnetlink.link_named(place.routes, name)
+            if left_over is not None:
+                rtnetlink.remove_link(place.routes, left_over.index)
+            rtnetlink.add_link(node, name, KIND, mtu, fd)
+        link = rtnetlink.link_named(place.routes, name)
+        if link is None:
+            raise KernelBusy(f"{name} is gone as soon as it was made")
+        return link.index
+
+    def _bind(self, place: Place, index: int, op: CreateInterface) -> None:
+        steps = [
+            rtnetlink.changed_link(index, name=INTERFACE, alias=ALIAS),
+            rtnetlink.loosened_source_check(index),
+            rtnetlink.changed_link(index, up=True),
+        ]
+        key = op.private_key
+        for port in seemingly_free(op.first_port, op.last_port):
+            place.generic.ask(self._request(place, encode.set_device(index, private_key=key, listen_port=port)))
+            named, _, up = place.routes.ask_all(steps)
+            if named is not None:
+                raise named
+            # The loose check is only a matter of running connections being switched over, and of kernels with a
+            # strict default. The port of a device that is down is not bound yet: that it is in use shows here.
+            if up is None:
                 return
+            if up.errno != errno.EADDRINUSE:
+                raise up
         raise KernelBusy(f"all UDP ports from {op.first_port} to {op.last_port} of this node are in use")
 
     def read(self, place: Place, link: Link) -> Device:
-        message = wgmsg()
-        message["cmd"] = _WG_CMD_GET_DEVICE
-        message["version"] = _WG_GENL_VERSION
-        message["attrs"] = [("WGDEVICE_A_IFINDEX", link.index)]
-        return parse_device(place.generic.dump(Request(self._family(place), rtnetlink.body(message), NLM_F_DUMP)))
+        return decode.parse_device(place.generic.dump(self._request(place, encode.get_device(link.index))))
 
-    def change_peers(self, place: Place, link: Link, changes: Sequence[PeerChange]) -> None:
-        self._set(place, link.index, [("WGDEVICE_A_PEERS", [{"attrs": peer_attributes(change)} for change in changes])])
+    def change_peers(self, place: Place, link: Link, changes: Iterable[PeerChange]) -> None:
+        requests = (self._request(place, body) for body in encode.set_peers(link.index, changes))
+        for error in place.generic.ask_all(requests):
+            if error is not None:
+                raise error
 
     def set_mtu(self, place: Place, link: Link, mtu: int) -> None:
         rtnetlink.change_link(place.routes, link.index, mtu=mtu)
@@ -139,114 +133,19 @@ class KernelDriver:
     def forget(self, task: TaskId) -> None:
         """Nothing: the device went with its namespace."""
 
-    def _set(self, place: Place, index: int, attributes: list[tuple[str, Any]]) -> None:
-        place.generic.ask(Request(self._family(place), set_body(index, attributes)))
+    def _request(self, place: Place, body: bytes) -> Request:
+        return Request(self._family(place), body)
 
     def _family(self, place: Place) -> int:
         """The number of the family "wireguard", the same in all namespaces until the module is loaded again."""
-        with self._lock:
-            if self._family_id is None:
-                message = ctrlmsg()
-                message["cmd"] = _CTRL_CMD_GETFAMILY
-                message["version"] = 1
-                message["attrs"] = [("CTRL_ATTR_FAMILY_NAME", KIND)]
-                try:
-                    (data, *_) = place.generic.ask(Request(_GENL_ID_CTRL, rtnetlink.body(message)))
-                except OSError as error:
-                    if error.errno == errno.ENOENT:
-                        raise NoWireGuard("this kernel has no WireGuard") from error
-                    raise
-                answer = ctrlmsg(data)
-                answer.decode()
-                self._family_id = int(answer.get_attr("CTRL_ATTR_FAMILY_ID"))
+        if self._family_id is not None:
             return self._family_id
-
-
-def set_body(index: int, attributes: list[tuple[str, Any]]) -> bytes:
-    """A request that changes a device, without its header."""
-    message = wgmsg()
-    message["cmd"] = _WG_CMD_SET_DEVICE
-    message["version"] = _WG_GENL_VERSION
-    message["attrs"] = [("WGDEVICE_A_IFINDEX", index), *attributes]
-    return rtnetlink.body(message)
-
-
-def parse_device(messages: Iterable[bytes]) -> Device:
-    """Read a dump. A device's peers, and one peer's addresses, may be spread over several messages."""
-    public_key: PublicKey | None = None
-    port = 0
-    peers: dict[PublicKey, ObservedPeer] = {}
-    for data in messages:
-        message = wgmsg(data)
-        message.decode()
-        # The private key stands in the message, too, which is dropped here: it is the device's to keep.
-        key = message.get_attr("WGDEVICE_A_PUBLIC_KEY")
-        if key is not None:
-            public_key = PublicKey(_decoded(key))
-        elif (private := message.get_attr("WGDEVICE_A_PRIVATE_KEY")) is not None:
-            public_key = PrivateKey(_decoded(private)).public()
-        port = message.get_attr("WGDEVICE_A_LISTEN_PORT") or port
-        for part in message.get_attr("WGDEVICE_A_PEERS") or ():
-            found = _observed(part)
-            before = peers.get(found.public_key)
-            peers[found.public_key] = found if before is None else _merged(before, found)
-    return Device(public_key, port, peers)
-
-
-def _merged(first: ObservedPeer, rest: ObservedPeer) -> ObservedPeer:
-    return ObservedPeer(
-        first.public_key,
-        first.endpoint,
-        first.allowed_ips | rest.allowed_ips,
-        first.keepalive_s,
-        first.last_handshake,
-        first.received_bytes,
-        first.sent_bytes,
-    )
-
-
-def _observed(part: Any) -> ObservedPeer:
-    handshake = part.get_attr("WGPEER_A_LAST_HANDSHAKE_TIME") or {"tv_sec": 0, "tv_nsec": 0}
-    endpoint = part.get_attr("WGPEER_A_ENDPOINT")
-    addresses = (address.get("addr", "") for address in part.get_attr("WGPEER_A_ALLOWEDIPS") or ())
-    return ObservedPeer(
-        PublicKey(_decoded(part.get_attr("WGPEER_A_PUBLIC_KEY"))),
-        None if endpoint is None else Endpoint(address=ip_address(endpoint["addr"]), port=endpoint["port"]),
-        frozenset(IPv4Network(address) for address in addresses if address and ":" not in address),
-        part.get_attr("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL") or 0,
-        handshake["tv_sec"] + handshake["tv_nsec"] / 1e9 if handshake["tv_sec"] else None,
-        part.get_attr("WGPEER_A_RX_BYTES") or 0,
-        part.get_attr("WGPEER_A_TX_BYTES") or 0,
-    )
-
-
-def peer_attributes(change: PeerChange) -> list[tuple[str, Any]]:
-    attributes: list[tuple[str, Any]] = [("WGPEER_A_PUBLIC_KEY", str(change.public_key))]
-    flags = _WGPEER_F_REMOVE_ME if change.remove else 0
-    flags |= _WGPEER_F_UPDATE_ONLY if change.update_only else 0
-    flags |= _WGPEER_F_REPLACE_ALLOWEDIPS if change.allowed_ips is not None else 0
-    attributes.append(("WGPEER_A_FLAGS", flags))
-    if change.endpoint is not None:
-        where = {"addr": str(change.endpoint.address), "port": change.endpoint.port}
-        attributes.append(("WGPEER_A_ENDPOINT", where))
-    if change.keepalive_s is not None:
-        attributes.append(("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL", change.keepalive_s))
-    if change.allowed_ips is not None:
-        attributes.append(("WGPEER_A_ALLOWEDIPS", [{"attrs": _address(n)} for n in sorted(change.allowed_ips)]))
-    return attributes
-
-
-def _address(network: IPv4Network) -> list[tuple[str, Any]]:
-    return [
-        ("WGALLOWEDIP_A_FAMILY", socket.AF_INET),
-        ("WGALLOWEDIP_A_IPADDR", network.network_address.packed),
-        ("WGALLOWEDIP_A_CIDR_MASK", network.prefixlen),
-    ]
-
-
-def _encoded(key: bytes) -> str:
-    return base64.b64encode(key).decode("ascii")
-
-
-def _decoded(key: bytes | str) -> bytes:
-    return base64.b64decode(key)
+        with self._lock:
+            try:
+                (answer, *_) = place.generic.ask(Request(_GENL_ID_CTRL, encode.find_family(KIND)))
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    raise NoWireGuard("this kernel has no WireGuard") from error
+                raise
+            self._family_id = decode.family_id(answer)
+            return self._family_id

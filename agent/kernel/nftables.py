@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
 
-from agent.kernel.rtnetlink import Netlink, Request, attribute, attributes
+from agent.kernel.decode import attributes
+from agent.kernel.encode import attribute
+from agent.kernel.rtnetlink import Netlink, Request
 from agent.observed import NotedCounters, NotedEntry
 from agent.rules.render import FORGET_S
 from hivewire.errors import KernelBusy, NoWireGuard
 
 TABLE: Final = "hivewire"
-_FAMILIES: Final = ("ip", "inet")
+_FAMILIES: Final = {"ip": 2, "inet": 1}
+"""As nft and as the kernel call them (NFPROTO_IPV4, NFPROTO_INET in linux/netfilter.h)."""
 
 ALTERED: Final = "altered"
 """In the place of a digest: there is a table, and it does not hold what its comment says."""
@@ -76,8 +79,6 @@ _FAMILY_AT: Final = 16
 _KEY: Final = struct.Struct("!4s4sB3xH2x")
 """Source, destination, protocol, port: each part of a key fills whole words of 4 bytes."""
 
-# "add" makes "delete" succeed where there is no table yet; both families, as an older version may have used the other.
-_RESET: Final = "".join(f"add table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in _FAMILIES)
 _DECLARED: Final = re.compile(rf"\s*table\s+(?:{'|'.join(_FAMILIES)})\s+{TABLE}\s*\{{")
 _BLOCK: Final = re.compile(r"\s*(chain|set|counter|map) (\S+) \{")
 _COMMENT: Final = re.compile(r'(\s*comment "[^" ]*)"')
@@ -225,18 +226,21 @@ def _table(netlink: Netlink) -> dict[int, bytes]:
 
 def _find(netlink: Netlink) -> tuple[int, dict[int, bytes]]:
     """Family and attributes of Hivewire's table; nothing where there is none."""
+    return next(_tables(netlink), (0, {}))
+
+
+def _tables(netlink: Netlink) -> Iterator[tuple[int, dict[int, bytes]]]:
     try:
         messages = netlink.dump(_request(_NFT_MSG_GETTABLE, 0, b""))
     except OSError as error:
         # What nfnetlink answers for a part of it that the kernel does not have.
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return 0, {}
+            return
         raise
     for message in messages:
         found = dict(attributes(message, _BODY_AT))
         if found.get(_NFTA_TABLE_NAME, b"") == _text(TABLE):
-            return message[_FAMILY_AT], found
-    return 0, {}
+            yield message[_FAMILY_AT], found
 
 
 def _request(kind: int, family: int, wanted: bytes) -> Request:
@@ -286,16 +290,34 @@ def comment(userdata: bytes) -> str:
     return ""
 
 
-def replacement(text: str) -> str:
-    """The transaction that replaces Hivewire's table by the one that the text declares. Raises KernelBusy."""
+def families(netlink: Netlink | None) -> tuple[str, ...]:
+    """In which families Hivewire has a table. Raises OSError, KernelBusy."""
+    if netlink is None:
+        return ()
+    there = {number for number, _ in _tables(netlink)}
+    return tuple(name for name, number in _FAMILIES.items() if number in there)
+
+
+def replacement(text: str, there: Iterable[str] = _FAMILIES) -> str:
+    """The transaction that replaces Hivewire's tables by the one that the text declares. Raises KernelBusy.
+
+    ``there``: the families that have one. Where there is none it is faster by far to remove none: a socket that had
+    a table removed waits at its closing until the kernel has freed it (nft_rcv_nl_event in
+    net/netfilter/nf_tables_api.c), some 10 ms, and with it the end of nft.
+    """
     if not _DECLARED.match(text):
         raise KernelBusy(f"the rules do not declare the table {TABLE}")
-    return _RESET + _COMMENT.sub(rf'\1 {_announced(text)}"', text, count=1)
+    return _reset(there) + _COMMENT.sub(rf'\1 {_announced(text)}"', text, count=1)
 
 
 def removal() -> str:
     """The transaction that leaves no table of Hivewire."""
-    return _RESET
+    return _reset(_FAMILIES)
+
+
+def _reset(families: Iterable[str]) -> str:
+    # "add" makes "delete" succeed where there is no table; all families, as an older version may have used another.
+    return "".join(f"add table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in families)
 
 
 def apply(transaction: str) -> None:

@@ -10,7 +10,7 @@ from typing import Final, Protocol, assert_never
 from agent.kernel import conntrack, nftables, rtnetlink
 from agent.kernel import namespace as namespaces
 from agent.kernel.api import ALIAS, INTERFACE, Namespace, Session, Underlay
-from agent.kernel.peers import Device, PeerBatch, PeerChange, PeerOp, RouteBatch, RouteOp, batches, changes, requests
+from agent.kernel.peers import Device, PeerBatch, PeerChange, PeerOp, RouteBatch, RouteOp, batches, changes
 from agent.kernel.rtnetlink import Calls, Link, Netlink, translate
 from agent.observed import NotedCounters, NotedEntry, ObservedInterface, ObservedTask
 from agent.ops import (
@@ -56,7 +56,7 @@ class Driver(Protocol):
     kind: str
     """Of its links, as rtnetlink names it."""
 
-    def create(self, place: Place, op: CreateInterface) -> None:
+    def create(self, place: Place, op: CreateInterface) -> Link:
         """Make the device, named INTERFACE, with its alias and key, and up, for only so it holds its port.
 
         Leaves nothing on failure.
@@ -65,8 +65,8 @@ class Driver(Protocol):
     def read(self, place: Place, link: Link) -> Device:
         """Ask the device."""
 
-    def change_peers(self, place: Place, link: Link, changes: Sequence[PeerChange]) -> None:
-        """Carry out the changes in order, in one request."""
+    def change_peers(self, place: Place, link: Link, changes: Iterable[PeerChange]) -> None:
+        """Carry out the changes in order, in as many requests as it takes."""
 
     def set_mtu(self, place: Place, link: Link, mtu: int) -> None:
         """Change the MTU."""
@@ -157,18 +157,22 @@ class _NodeSession:
         self._place = place
         self._driver = driver
         self._calls = calls
+        # What was last seen or made under the name of our interface; a session is over too soon for it to change.
+        self._named: Link | None = None
+        self._looked = False
 
     def observe(self) -> ObservedTask:
         with translated("observe the namespace"):
             routes = self._place.routes
             links = rtnetlink.links(routes)
+            self._saw(next((each for each in links.values() if each.name == INTERFACE), None))
             addresses = {
                 found.address: links[found.index].name
                 for found in rtnetlink.addresses(routes)
                 if found.index in links and not links[found.index].is_loopback
             }
             rules = "" if self._place.tables is None else nftables.applied(self._place.tables)
-            link = next((each for each in links.values() if self._is_ours(each)), None)
+            link = self._find_link()
             if link is None:
                 return ObservedTask(addresses, rules=rules)
             interface = self._interface(link)
@@ -179,7 +183,11 @@ class _NodeSession:
     def apply(self, ops: Iterable[Op]) -> None:
         for step in batches(ops):
             with translated(str(step.ops[0] if isinstance(step, PeerBatch | RouteBatch) else step)):
-                self._do(step)
+                try:
+                    self._do(step)
+                except BaseException:
+                    self._looked = False
+                    raise
 
     def noted_counters(self) -> NotedCounters:
         if self._place.tables is None:
@@ -194,7 +202,7 @@ class _NodeSession:
             return nftables.entries(self._place.tables, name)
 
     def _is_ours(self, link: Link) -> bool:
-        return link.name == INTERFACE and link.kind == self._driver.kind and link.alias.startswith(ALIAS)
+        return link.kind == self._driver.kind and link.alias.startswith(ALIAS)
 
     def _interface(self, link: Link) -> ObservedInterface | None:
         device = self._driver.read(self._place, link)
@@ -204,8 +212,17 @@ class _NodeSession:
         port = device.listen_port if link.is_up else 0
         return ObservedInterface(link.name, device.public_key, port, link.mtu, link.is_up, device.peers)
 
+    def _saw(self, named: Link | None) -> None:
+        self._named, self._looked = named, True
+
+    def _look(self) -> Link | None:
+        """The interface that has the name of ours, whoever made it."""
+        if not self._looked:
+            self._saw(rtnetlink.link_named(self._place.routes, INTERFACE))
+        return self._named
+
     def _find_link(self) -> Link | None:
-        link = rtnetlink.link_named(self._place.routes, INTERFACE)
+        link = self._look()
         return link if link is not None and self._is_ours(link) else None
 
     def _link(self) -> Link:
@@ -222,7 +239,7 @@ class _NodeSession:
             case SetMtu(mtu):
                 self._driver.set_mtu(place, self._link(), mtu)
             case SetUp():
-                rtnetlink.change_link(place.routes, self._link().index, up=True)
+                self._set_up()
             case PeerBatch(ops):
                 self._change_peers(ops)
             case RouteBatch(ops):
@@ -231,12 +248,13 @@ class _NodeSession:
                 if place.tables is not None:
                     conntrack.forget(place.tables, addresses)
             case SetRules(text):
-                self._nft(nftables.replacement(text))
+                self._nft(nftables.replacement(text, nftables.families(place.tables)))
             case RemoveRules():
                 self._nft(nftables.removal())
             case RemoveInterface():
                 if (link := self._find_link()) is not None:
                     self._driver.remove(place, link)
+                    self._saw(None)
             case AddPeer() | Handshake() | UpdatePeer() | RemovePeer():
                 self._change_peers((step,))
             case AddRoute() | RemoveRoute():
@@ -245,22 +263,26 @@ class _NodeSession:
                 assert_never(step)
 
     def _create(self, op: CreateInterface) -> None:
-        there = rtnetlink.link_named(self._place.routes, INTERFACE)
+        there = self._look()
         if there is not None and not there.alias.startswith(ALIAS):
             raise KernelBusy(f"the namespace has an interface {INTERFACE} that is not Hivewire's: remove it")
         if there is not None and self._is_ours(there) and self._driver.read(self._place, there).public_key is not None:
             return
         if there is not None:
             rtnetlink.remove_link(self._place.routes, there.index)
-        self._driver.create(self._place, op)
+        self._saw(self._driver.create(self._place, op))
+
+    def _set_up(self) -> None:
+        link = self._link()
+        if not link.is_up:
+            rtnetlink.change_link(self._place.routes, link.index, up=True)
+            self._looked = False
 
     def _change_peers(self, ops: Sequence[PeerOp]) -> None:
         # Without the interface there are no peers either.
         if all(isinstance(op, RemovePeer) for op in ops) and self._find_link() is None:
             return
-        link = self._link()
-        for request in requests(changes(ops)):
-            self._driver.change_peers(self._place, link, request)
+        self._driver.change_peers(self._place, self._link(), changes(ops))
 
     def _change_routes(self, ops: Sequence[RouteOp]) -> None:
         if all(isinstance(op, RemoveRoute) for op in ops) and self._find_link() is None:

@@ -20,8 +20,9 @@ from agent.guard.render import COUNTERS, UPLINK, Count, counting_on
 from agent.kernel import namespace as namespaces
 from agent.kernel import nftables, rtnetlink
 from agent.kernel.api import Namespace
+from agent.kernel.decode import attributes
 from agent.kernel.node import translated
-from agent.kernel.rtnetlink import Calls, Netlink, Request, attributes
+from agent.kernel.rtnetlink import Calls, Netlink, Request
 from agent.observed import NotedCounters, NotedEntry
 from hivewire.ids import NetworkId, TaskId
 

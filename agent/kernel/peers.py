@@ -19,8 +19,7 @@ from hivewire.records import Endpoint
 PeerOp = AddPeer | Handshake | UpdatePeer | RemovePeer
 RouteOp = AddRoute | RemoveRoute
 
-# A netlink attribute of peers ends at 65,535 bytes, some 600 peers of one address each.
-PEERS_PER_REQUEST: Final = 400
+_PEERS_PER_REQUEST: Final = 400
 _ADDRESSES_PER_REQUEST: Final = 1000
 
 
@@ -96,12 +95,12 @@ def changes(ops: Iterable[PeerOp]) -> Iterator[PeerChange]:
 
 
 def requests(told: Iterable[PeerChange]) -> Iterator[list[PeerChange]]:
-    """The changes in lists that one request can carry."""
+    """The changes in lists for one request each to a userspace device, which is then back for its packets soon."""
     batch: list[PeerChange] = []
     addresses = 0
     for change in told:
         more = len(change.allowed_ips or ())
-        if batch and (len(batch) >= PEERS_PER_REQUEST or addresses + more > _ADDRESSES_PER_REQUEST):
+        if batch and (len(batch) >= _PEERS_PER_REQUEST or addresses + more > _ADDRESSES_PER_REQUEST):
             yield batch
             batch, addresses = [], 0
         batch.append(change)

@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Final
@@ -20,6 +20,8 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+from agent.kernel.decode import attributes
+from agent.kernel.encode import NLA_F_NESTED, attribute
 from agent.ops import AddRoute, RemoveRoute, Route
 from hivewire.errors import HivewireError, KernelBusy, NoPermission
 
@@ -71,15 +73,15 @@ _LINK_ATTRIBUTES_AT: Final = 32
 _IFLA_AF_SPEC: Final = 26
 _IFLA_INET_CONF: Final = 1
 _IPV4_DEVCONF_RP_FILTER: Final = 8
-_NLA_F_NESTED: Final = 0x8000
 _LOOSE: Final = 2
 
 _HEADER: Final = struct.Struct("=IHHII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
 # Seconds that the kernel may take for one answer; it waits for the RTNL lock of all namespaces.
 _PATIENCE_S: Final = 10
-# Acknowledgements of one datagram must fit into the receive buffer (212,992 bytes by default, under 1 KB each).
+# Refusals of one datagram must fit into the receive buffer, and the datagram itself into the one for sending (both
+# 212,992 bytes by default; a refusal takes under 1 KB).
 _BATCH: Final = 100
+_DATAGRAM_BYTES: Final = 1 << 16
 _TRIES: Final = 3
 
 
@@ -143,7 +145,6 @@ class Netlink:
             except OSError:
                 # Kernels before 4.20 lack the last one; what it filters is filtered again here.
                 continue
-        self._socket.bind((0, 0))
 
     def close(self) -> None:
         self._socket.close()
@@ -163,18 +164,23 @@ class Netlink:
         messages, _ = self._collect(number)
         return messages
 
-    def ask_all(self, requests: Sequence[Request]) -> list[OSError | None]:
-        """Send many requests, a datagram per hundred; the answer has the outcome of each. Raises OSError."""
+    def ask_all(self, requests: Iterable[Request]) -> list[OSError | None]:
+        """Send many requests, up to a hundred in a datagram; the answer has the outcome of each. Raises OSError.
+
+        The kernel carries them out in order, those after a refused one, too. They are taken from the iterable as they
+        are sent, so of many no more than a datagram is in memory.
+        """
         outcomes: list[OSError | None] = []
-        for start in range(0, len(requests), _BATCH):
-            batch = requests[start : start + _BATCH]
-            for number in self._send([Request(r.kind, r.body, r.flags | NLM_F_ACK) for r in batch]):
-                try:
-                    self._collect(number)
-                except OSError as error:
-                    outcomes.append(error)
-                else:
-                    outcomes.append(None)
+        for batch in _datagrams(requests):
+            # The kernel always says what it refuses, and what it did only where that is asked for: at the end.
+            batch[-1] = Request(batch[-1].kind, batch[-1].body, batch[-1].flags | NLM_F_ACK)
+            numbers = self._send(batch)
+            told: dict[int, OSError | None] = {}
+            while numbers[-1] not in told:
+                for kind, flags, sequence, message in _split(self._socket.recv(65536)):
+                    if kind == _NLMSG_ERROR:
+                        told[sequence] = _error(kind, message, flags)
+            outcomes += [told.get(number) for number in numbers]
         return outcomes
 
     def _send(self, requests: Sequence[Request]) -> list[int]:
@@ -199,7 +205,8 @@ class Netlink:
                     continue
                 whole = whole and not flags & _NLM_F_DUMP_INTR
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
-                    _raise_error(message, flags)
+                    if (error := _error(kind, message, flags)) is not None:
+                        raise error
                     return messages, whole
                 messages.append(message)
 
@@ -223,34 +230,34 @@ def _split(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         offset += (size + 3) & ~3
 
 
-def _raise_error(message: bytes, flags: int) -> None:
+def _datagrams(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    batch: list[Request] = []
+    size = 0
+    for request in requests:
+        if batch and (len(batch) >= _BATCH or size + len(request.body) > _DATAGRAM_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(request)
+        size += len(request.body)
+    if batch:
+        yield batch
+
+
+def _error(kind: int, message: bytes, flags: int) -> OSError | None:
+    """What an acknowledgement or the end of a dump says; None: it went well."""
     if len(message) < _HEADER.size + 4:
-        return
+        return None
     (code,) = struct.unpack_from("=i", message, _HEADER.size)
     if code == 0:
-        return
+        return None
     text = os.strerror(-code)
     if flags & _NLM_F_ACK_TLVS:
-        for kind, value in attributes(message, _HEADER.size + 4 + _HEADER.size):
-            if kind == _NLMSGERR_ATTR_MSG:
+        # Of the request only its header comes back, as NETLINK_CAP_ACK asks; a dump's end has none of it.
+        after = _HEADER.size + 4 + (_HEADER.size if kind == _NLMSG_ERROR else 0)
+        for attribute_kind, value in attributes(message, after):
+            if attribute_kind == _NLMSGERR_ATTR_MSG:
                 text = f"{text} ({value.rstrip(bytes(1)).decode(errors='replace')})"
-    raise OSError(-code, text)
-
-
-def attributes(data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """The attributes from an offset on, nested ones as they are."""
-    while offset + _ATTRIBUTE.size <= len(data):
-        size, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if size < _ATTRIBUTE.size:
-            return
-        yield kind & 0x3FFF, data[offset + _ATTRIBUTE.size : offset + size]
-        offset += (size + 3) & ~3
-
-
-def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded."""
-    size = _ATTRIBUTE.size + len(value)
-    return _ATTRIBUTE.pack(size, kind) + value + bytes(-size % 4)
+    return OSError(-code, text)
 
 
 def body(message: nlmsg) -> bytes:
@@ -298,9 +305,15 @@ def tun_has_offload(netlink: Netlink, name: str) -> bool | None:
     return None if flag is None else flag != bytes(1)
 
 
-def add_link(netlink: Netlink, name: str, kind: str, mtu: int = 0, namespace_fd: int | None = None) -> None:
-    """Make an interface, down, in the socket's namespace or in another one. Raises OSError."""
+def add_link(
+    netlink: Netlink, name: str, kind: str, mtu: int = 0, namespace_fd: int | None = None, index: int = 0
+) -> None:
+    """Make an interface, down, in the socket's namespace or in another one. Raises OSError.
+
+    ``index``: which one it gets; 0: the kernel chooses.
+    """
     message = ifinfmsg()
+    message["index"] = index
     message["attrs"] = [("IFLA_IFNAME", name), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]
     if mtu:
         message["attrs"].append(("IFLA_MTU", mtu))
@@ -320,6 +333,19 @@ def change_link(
     namespace_fd: int | None = None,
 ) -> None:
     """Change what is given, in one message. Raises OSError."""
+    netlink.ask(changed_link(index, name=name, alias=alias, mtu=mtu, up=up, namespace_fd=namespace_fd))
+
+
+def changed_link(
+    index: int,
+    *,
+    name: str = "",
+    alias: str = "",
+    mtu: int = 0,
+    up: bool | None = None,
+    namespace_fd: int | None = None,
+) -> Request:
+    """What changes the given of an interface: it gets its name before it goes up."""
     message = ifinfmsg()
     message["index"] = index
     given = (("IFLA_IFNAME", name), ("IFLA_IFALIAS", alias), ("IFLA_MTU", mtu))
@@ -329,20 +355,25 @@ def change_link(
     if up is not None:
         message["change"] = _IFF_UP
         message["flags"] = _IFF_UP if up else 0
-    netlink.ask(Request(_RTM_SETLINK, body(message)))
+    return Request(_RTM_SETLINK, body(message))
 
 
 def loosen_source_check(netlink: Netlink, index: int) -> None:
-    """Set rp_filter of an interface to 2, loose: for IPv4 the larger of this and the one for all counts.
+    """Set rp_filter of an interface to 2. Raises OSError."""
+    netlink.ask(loosened_source_check(index))
+
+
+def loosened_source_check(index: int) -> Request:
+    """What sets rp_filter of an interface to 2, loose: for IPv4 the larger of this and the one for all counts.
 
     While a link of two tasks is being switched over, one direction comes through WireGuard and the other one does
     not. /proc/sys is read-only in a service container, so it goes through IFLA_INET_CONF (inet_set_link_af in
-    net/ipv4/devinet.c). Raises OSError.
+    net/ipv4/devinet.c).
     """
     conf = attribute(_IPV4_DEVCONF_RP_FILTER, struct.pack("=I", _LOOSE))
-    inet = attribute(socket.AF_INET | _NLA_F_NESTED, attribute(_IFLA_INET_CONF | _NLA_F_NESTED, conf))
+    inet = attribute(socket.AF_INET | NLA_F_NESTED, attribute(_IFLA_INET_CONF | NLA_F_NESTED, conf))
     header = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0)
-    netlink.ask(Request(_RTM_SETLINK, header + attribute(_IFLA_AF_SPEC | _NLA_F_NESTED, inet)))
+    return Request(_RTM_SETLINK, header + attribute(_IFLA_AF_SPEC | NLA_F_NESTED, inet))
 
 
 def remove_link(netlink: Netlink, index: int) -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,7 @@ from agent.kernel import namespace as namespaces
 from agent.kernel.api import ALIAS, INTERFACE
 from agent.kernel.hosting import Answer, Command, List, SetMtu, Start, Stop
 from agent.kernel.node import Place, temporary_name
-from agent.kernel.peers import Device, PeerChange
+from agent.kernel.peers import Device, PeerChange, requests
 from agent.kernel.ports import seemingly_free
 from agent.kernel.rtnetlink import Calls, Link, Netlink
 from agent.ops import CreateInterface
@@ -78,7 +78,7 @@ class UserspaceDriver:
         """Raises NoWireGuard where no host listens on this node, KernelBusy, NoPermission."""
         self._host.ask(List())
 
-    def create(self, place: Place, op: CreateInterface) -> None:
+    def create(self, place: Place, op: CreateInterface) -> Link:
         name = temporary_name(place.namespace.task)
         # What a broken-off attempt left ends here: its TUN goes with it.
         offload = self._host.ask(Stop(name)).offload
@@ -87,6 +87,7 @@ class UserspaceDriver:
             self._configure(name, op)
             # Renamed at last: what has the name is complete.
             _rename(place.routes, index)
+            return Link(index, INTERFACE, self.kind, _alias(name), op.mtu, is_up=True)
         except BaseException:
             with contextlib.suppress(HivewireError):
                 self._host.ask(Stop(name))
@@ -107,17 +108,12 @@ class UserspaceDriver:
                 raise KernelBusy(f"{name} did not arrive in the namespace of the task")
             with contextlib.suppress(OSError):
                 rtnetlink.loosen_source_check(place.routes, moved.index)
-            rtnetlink.change_link(place.routes, moved.index, alias=f"{ALIAS}:{name}", mtu=mtu, up=True)
+            rtnetlink.change_link(place.routes, moved.index, alias=_alias(name), mtu=mtu, up=True)
             self._host.ask(Start(name), fd)
         return moved.index
 
     def _configure(self, name: str, op: CreateInterface) -> None:
-        deadline = time.monotonic() + _START_S
-        # It opens a socket on some port as soon as it knows that its TUN is up; only from then on is a port refused.
-        while uapi.parse_device(self._talk(name, uapi.GET)).listen_port == 0:
-            if time.monotonic() > deadline:
-                raise KernelBusy(f"wireguard-go did not bring {name} up within {_START_S} s")
-            time.sleep(_LOOK_S)
+        self._wait_until_up(name)
         self._host.ask(SetMtu(name, op.mtu))
         uapi.check_answer(self._talk(name, uapi.set_device(private_key=op.private_key)))
         for port in seemingly_free(op.first_port, op.last_port):
@@ -128,11 +124,20 @@ class UserspaceDriver:
             return
         raise KernelBusy(f"all UDP ports from {op.first_port} to {op.last_port} of this node are in use")
 
+    def _wait_until_up(self, name: str) -> None:
+        deadline = time.monotonic() + _START_S
+        # It opens a socket on some port as soon as it knows that its TUN is up; only from then on is a port refused.
+        while uapi.parse_device(self._talk(name, uapi.GET)).listen_port == 0:
+            if time.monotonic() > deadline:
+                raise KernelBusy(f"wireguard-go did not bring {name} up within {_START_S} s")
+            time.sleep(_LOOK_S)
+
     def read(self, place: Place, link: Link) -> Device:
         return uapi.parse_device(self._talk(_device_name(link), uapi.GET))
 
-    def change_peers(self, place: Place, link: Link, changes: Sequence[PeerChange]) -> None:
-        uapi.check_answer(self._talk(_device_name(link), uapi.set_peers(changes)))
+    def change_peers(self, place: Place, link: Link, changes: Iterable[PeerChange]) -> None:
+        for request in requests(changes):
+            uapi.check_answer(self._talk(_device_name(link), uapi.set_peers(request)))
 
     def set_mtu(self, place: Place, link: Link, mtu: int) -> None:
         rtnetlink.change_link(place.routes, link.index, mtu=mtu)
@@ -164,6 +169,10 @@ class UserspaceDriver:
         except OSError as error:
             raise KernelBusy(f"the userspace device {name} does not answer on {path}: {error.strerror}") from error
         return b"".join(parts)
+
+
+def _alias(name: str) -> str:
+    return f"{ALIAS}:{name}"
 
 
 def _device_name(link: Link) -> str:
