@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: help test lint type unit e2e fire kernel demo demo-down bench clean
+.PHONY: help test lint type unit e2e fire kernel demo demo-down bench bench-control clean
 
 help:  ## Show the verbs.
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ demo-down: $(READY)  ## Stop the demo and leave nothing behind.
 
 bench: $(READY) packages  ## Measure task starts and links on a real Swarm; JSON goes to build/bench/.
 	PYTHONPATH=deploy $(PYTHON) -m tests.bench
+
+bench-control: $(READY) packages  ## Measure the control side of one node beside wg, in the virtual machine; JSON in build/bench/.
+	$(PYTHON) -m tests.bench.control
 
 packages:  ## Debian packages that tests and lab need.
 	deploy/packages.sh

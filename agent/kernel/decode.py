@@ -9,9 +9,10 @@ Facts: netlink(7), linux/wireguard.h, wg_get_device_dump in drivers/net/wireguar
 import contextlib
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
-from typing import Any, Final
+from typing import Final
 
 from agent.kernel.peers import Device
 from agent.observed import ObservedPeer
@@ -107,29 +108,20 @@ def _device(messages: Iterable[bytes]) -> Device:
 
 
 def _add(peers: dict[PublicKey, ObservedPeer], part: bytes) -> None:
-    found = dict(attributes(part, 0))
-    key = _public_key(found[_WGPEER_A_PUBLIC_KEY]) if _WGPEER_A_PUBLIC_KEY in found else None
-    if key is None:
-        raise ValueError("a peer without a key")
-    allowed_ips = _allowed_ips(found.get(_WGPEER_A_ALLOWEDIPS, b""))
-    before = peers.get(key)
-    if before is not None:
+    peer = _peer(part) if len(part) <= _SHORT else _long_peer(part)
+    before = peers.setdefault(peer.public_key, peer)
+    if before is not peer:
         # What has no room in a message goes on in the next one, which names the peer and nothing else of it.
-        peers[key] = ObservedPeer(
-            key,
-            before.endpoint,
-            before.allowed_ips | allowed_ips,
-            before.keepalive_s,
-            before.last_handshake,
-            before.received_bytes,
-            before.sent_bytes,
-        )
-        return
+        peers[peer.public_key] = replace(before, allowed_ips=before.allowed_ips | peer.allowed_ips)
+
+
+def _long_peer(part: bytes) -> ObservedPeer:
+    found = dict(attributes(part, 0))
     seconds, nanoseconds = _TIME.unpack(found.get(_WGPEER_A_LAST_HANDSHAKE_TIME, _NEVER))
-    peers[key] = ObservedPeer(
-        key,
+    return ObservedPeer(
+        _public_key(found.get(_WGPEER_A_PUBLIC_KEY, b"")),
         _endpoint(found.get(_WGPEER_A_ENDPOINT, b"")),
-        allowed_ips,
+        _allowed_ips(found.get(_WGPEER_A_ALLOWEDIPS, b"")),
         _U16.unpack(found.get(_WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL, bytes(2)))[0],
         seconds + nanoseconds / 1e9 if seconds or nanoseconds else None,
         _U64.unpack(found.get(_WGPEER_A_RX_BYTES, bytes(8)))[0],
@@ -137,7 +129,9 @@ def _add(peers: dict[PublicKey, ObservedPeer], part: bytes) -> None:
     )
 
 
-# A pass in which nothing has changed reads the same bytes again, and values never change: they are made once.
+# A pass in which nothing has changed reads the same bytes again, and values never change: they are made once. An idle
+# peer is the same as a whole, one with traffic in all but its counters. What is long is not remembered, so that the
+# number of what is bounds its bytes, too.
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -157,8 +151,7 @@ def _endpoint(value: bytes) -> Endpoint | None:
         return Endpoint(address=IPv4Address(address), port=port)
     if family == _AF_INET6:
         port, address = _SOCKADDR_IN6.unpack_from(value)
-        six: Any = IPv6Address(address)
-        return Endpoint(address=six, port=port)
+        return Endpoint(address=IPv6Address(address), port=port)
     return None
 
 
@@ -179,6 +172,8 @@ def _networks(value: bytes) -> frozenset[IPv4Network]:
     return frozenset(networks)
 
 
+_peer: Final = lru_cache(maxsize=_REMEMBERED)(_long_peer)
+_SHORT: Final = 400
 _few_networks: Final = lru_cache(maxsize=_REMEMBERED)(_networks)
 _FEW_BYTES: Final = 4 * 28
 _NEVER: Final = bytes(_TIME.size)

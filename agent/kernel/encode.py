@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Network
 from itertools import islice
 from typing import Final
 
@@ -158,7 +158,7 @@ def _keepalive(seconds: int) -> bytes:
 
 def _endpoint(endpoint: Endpoint) -> bytes:
     # struct sockaddr_in and sockaddr_in6: the port is in network order, flow and scope are left at zero.
-    where: IPv4Address | IPv6Address = endpoint.address
+    where = endpoint.address
     port = endpoint.port.to_bytes(2, "big")
     if where.version == 4:
         return _ENDPOINT4_HEAD + port + where.packed + bytes(8)

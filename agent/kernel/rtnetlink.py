@@ -1,7 +1,8 @@
 """Netlink sockets, and what both backends ask of them: links, addresses and routes.
 
-The sockets are our own, because a socket belongs to the namespace that its thread was in when it was made; pyroute2
-gives the messages. Facts: netlink(7), rtnetlink(7), linux/rtnetlink.h, linux/if_link.h.
+The sockets are our own, because a socket belongs to the namespace that its thread was in when it was made. So are the
+messages: a task has a route per peer, which is read in every pass, and a general codec took most of a pass's time.
+Facts: netlink(7), rtnetlink(7), linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h.
 """
 
 import errno
@@ -9,19 +10,19 @@ import itertools
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Final
 
 from pyroute2.netlink import nlmsg
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from agent.kernel.decode import attributes
-from agent.kernel.encode import NLA_F_NESTED, attribute
+from agent.kernel.decode import attributes as attributes
+from agent.kernel.encode import NLA_F_NESTED
+from agent.kernel.encode import attribute as attribute
 from agent.ops import AddRoute, RemoveRoute, Route
 from hivewire.errors import HivewireError, KernelBusy, NoPermission
 
@@ -64,18 +65,36 @@ _RTEXT_FILTER_SKIP_STATS: Final = 8
 _IFF_UP: Final = 1
 _IFF_LOOPBACK: Final = 8
 
-# linux/if_link.h and linux/ip.h, for what pyroute2 has no class for.
+# linux/if_link.h, linux/if_addr.h and linux/ip.h
+_IFLA_IFNAME: Final = 3
+_IFLA_MTU: Final = 4
 _IFLA_LINKINFO: Final = 18
+_IFLA_INFO_KIND: Final = 1
 _IFLA_INFO_DATA: Final = 2
+_IFLA_IFALIAS: Final = 20
+_IFLA_NET_NS_FD: Final = 28
+_IFLA_EXT_MASK: Final = 29
 _IFLA_TUN_VNET_HDR: Final = 5
-_LINK_ATTRIBUTES_AT: Final = 32
-"""Netlink header (16 bytes) and struct ifinfomsg (16 bytes)."""
 _IFLA_AF_SPEC: Final = 26
+_IFA_ADDRESS: Final = 1
+_IFA_LOCAL: Final = 2
+_RTA_DST: Final = 1
+_RTA_OIF: Final = 4
+_RTA_PREFSRC: Final = 7
+_RTA_TABLE: Final = 15
 _IFLA_INET_CONF: Final = 1
 _IPV4_DEVCONF_RP_FILTER: Final = 8
 _LOOSE: Final = 2
 
 _HEADER: Final = struct.Struct("=IHHII")
+_LINK: Final = struct.Struct("=BxHiII")
+"""struct ifinfomsg: family, type, index, flags, which of the flags change."""
+_ADDRESS: Final = struct.Struct("=BBBBi")
+"""struct ifaddrmsg: family, length of the prefix, flags, scope, index."""
+_ROUTE: Final = struct.Struct("=BBBBBBBBI")
+"""struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags."""
+_LINK_AT: Final = _HEADER.size + _LINK.size
+_ADDRESS_AT: Final = _HEADER.size + _ADDRESS.size
 # Seconds that the kernel may take for one answer; it waits for the RTNL lock of all namespaces.
 _PATIENCE_S: Final = 10
 # Refusals of one datagram must fit into the receive buffer, and the datagram itself into the one for sending (both
@@ -261,7 +280,7 @@ def _error(kind: int, message: bytes, flags: int) -> OSError | None:
 
 
 def body(message: nlmsg) -> bytes:
-    """A message of pyroute2 as bytes, without its header."""
+    """A message of pyroute2 as bytes, without its header: for what is asked seldom."""
     message.encode()
     return bytes(message.data[_HEADER.size :])
 
@@ -271,38 +290,36 @@ def body(message: nlmsg) -> bytes:
 
 def links(netlink: Netlink) -> dict[int, Link]:
     """All interfaces by index. Raises OSError, KernelBusy."""
-    message = ifinfmsg()
-    message["attrs"] = [("IFLA_EXT_MASK", _RTEXT_FILTER_SKIP_STATS)]
-    found = (_link(data) for data in netlink.dump(Request(_RTM_GETLINK, body(message))))
+    body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _WITHOUT_STATISTICS
+    found = (_link(data) for data in netlink.dump(Request(_RTM_GETLINK, body)))
     return {link.index: link for link in found}
 
 
 def link_named(netlink: Netlink, name: str) -> Link | None:
     """The interface of that name, None where there is none. Raises OSError."""
-    message = ifinfmsg()
-    message["attrs"] = [("IFLA_IFNAME", name), ("IFLA_EXT_MASK", _RTEXT_FILTER_SKIP_STATS)]
-    try:
-        (data, *_) = netlink.ask(Request(_RTM_GETLINK, body(message)))
-    except OSError as error:
-        if error.errno == errno.ENODEV:
-            return None
-        raise
-    return _link(data)
+    data = _message_of_link(netlink, name)
+    return None if data is None else _link(data)
 
 
 def tun_has_offload(netlink: Netlink, name: str) -> bool | None:
     """Whether packets of a TUN carry the header of virtio_net; None where there is no such TUN. Raises OSError."""
-    message = ifinfmsg()
-    message["attrs"] = [("IFLA_IFNAME", name)]
+    data = _message_of_link(netlink, name)
+    if data is None:
+        return None
+    info = dict(attributes(dict(attributes(data, _LINK_AT)).get(_IFLA_LINKINFO, b""), 0))
+    flag = dict(attributes(info.get(_IFLA_INFO_DATA, b""), 0)).get(_IFLA_TUN_VNET_HDR)
+    return None if flag is None else flag != bytes(1)
+
+
+def _message_of_link(netlink: Netlink, name: str) -> bytes | None:
+    body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + attribute(_IFLA_IFNAME, _text(name)) + _WITHOUT_STATISTICS
     try:
-        (data, *_) = netlink.ask(Request(_RTM_GETLINK, body(message)))
+        (data, *_) = netlink.ask(Request(_RTM_GETLINK, body))
     except OSError as error:
         if error.errno == errno.ENODEV:
             return None
         raise
-    info = dict(attributes(dict(attributes(data, _LINK_ATTRIBUTES_AT)).get(_IFLA_LINKINFO, b""), 0))
-    flag = dict(attributes(info.get(_IFLA_INFO_DATA, b""), 0)).get(_IFLA_TUN_VNET_HDR)
-    return None if flag is None else flag != bytes(1)
+    return data
 
 
 def add_link(
@@ -312,14 +329,9 @@ def add_link(
 
     ``index``: which one it gets; 0: the kernel chooses.
     """
-    message = ifinfmsg()
-    message["index"] = index
-    message["attrs"] = [("IFLA_IFNAME", name), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]
-    if mtu:
-        message["attrs"].append(("IFLA_MTU", mtu))
-    if namespace_fd is not None:
-        message["attrs"].append(("IFLA_NET_NS_FD", namespace_fd))
-    netlink.ask(Request(_RTM_NEWLINK, body(message), NLM_F_CREATE | NLM_F_EXCL))
+    info = attribute(_IFLA_LINKINFO | NLA_F_NESTED, attribute(_IFLA_INFO_KIND, kind.encode()))
+    body = _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0) + _link_attributes(name, "", mtu, namespace_fd) + info
+    netlink.ask(Request(_RTM_NEWLINK, body, NLM_F_CREATE | NLM_F_EXCL))
 
 
 def change_link(
@@ -346,16 +358,16 @@ def changed_link(
     namespace_fd: int | None = None,
 ) -> Request:
     """What changes the given of an interface: it gets its name before it goes up."""
-    message = ifinfmsg()
-    message["index"] = index
-    given = (("IFLA_IFNAME", name), ("IFLA_IFALIAS", alias), ("IFLA_MTU", mtu))
-    message["attrs"] = [(key, value) for key, value in given if value]
-    if namespace_fd is not None:
-        message["attrs"].append(("IFLA_NET_NS_FD", namespace_fd))
-    if up is not None:
-        message["change"] = _IFF_UP
-        message["flags"] = _IFF_UP if up else 0
-    return Request(_RTM_SETLINK, body(message))
+    header = _LINK.pack(socket.AF_UNSPEC, 0, index, _IFF_UP if up else 0, 0 if up is None else _IFF_UP)
+    return Request(_RTM_SETLINK, header + _link_attributes(name, alias, mtu, namespace_fd))
+
+
+def _link_attributes(name: str, alias: str, mtu: int, namespace_fd: int | None) -> bytes:
+    parts = [attribute(_IFLA_IFNAME, _text(name))] if name else []
+    parts += [attribute(_IFLA_IFALIAS, _text(alias))] if alias else []
+    parts += [attribute(_IFLA_MTU, _u32(mtu))] if mtu else []
+    parts += [attribute(_IFLA_NET_NS_FD, _u32(namespace_fd))] if namespace_fd is not None else []
+    return b"".join(parts)
 
 
 def loosen_source_check(netlink: Netlink, index: int) -> None:
@@ -370,36 +382,49 @@ def loosened_source_check(index: int) -> Request:
     not. /proc/sys is read-only in a service container, so it goes through IFLA_INET_CONF (inet_set_link_af in
     net/ipv4/devinet.c).
     """
-    conf = attribute(_IPV4_DEVCONF_RP_FILTER, struct.pack("=I", _LOOSE))
+    conf = attribute(_IPV4_DEVCONF_RP_FILTER, _u32(_LOOSE))
     inet = attribute(socket.AF_INET | NLA_F_NESTED, attribute(_IFLA_INET_CONF | NLA_F_NESTED, conf))
-    header = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0)
+    header = _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0)
     return Request(_RTM_SETLINK, header + attribute(_IFLA_AF_SPEC | NLA_F_NESTED, inet))
 
 
 def remove_link(netlink: Netlink, index: int) -> None:
     """Remove an interface; it is no error if it is gone. Raises OSError."""
-    message = ifinfmsg()
-    message["index"] = index
     try:
-        netlink.ask(Request(_RTM_DELLINK, body(message)))
+        netlink.ask(Request(_RTM_DELLINK, _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0)))
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise
 
 
 def _link(data: bytes) -> Link:
-    message = ifinfmsg(data)
-    message.decode()
-    info = message.get_attr("IFLA_LINKINFO")
+    _, _, index, flags, _ = _LINK.unpack_from(data, _HEADER.size)
+    found = dict(attributes(data, _LINK_AT))
+    info = dict(attributes(found.get(_IFLA_LINKINFO, b""), 0))
     return Link(
-        index=message["index"],
-        name=message.get_attr("IFLA_IFNAME"),
-        kind=(info.get_attr("IFLA_INFO_KIND") or "") if info is not None else "",
-        alias=message.get_attr("IFLA_IFALIAS") or "",
-        mtu=message.get_attr("IFLA_MTU") or 0,
-        is_up=bool(message["flags"] & _IFF_UP),
-        is_loopback=bool(message["flags"] & _IFF_LOOPBACK),
+        index=index,
+        name=_word(found.get(_IFLA_IFNAME, b"")),
+        kind=_word(info.get(_IFLA_INFO_KIND, b"")),
+        alias=_word(found.get(_IFLA_IFALIAS, b"")),
+        mtu=int.from_bytes(found.get(_IFLA_MTU, b""), sys.byteorder),
+        is_up=bool(flags & _IFF_UP),
+        is_loopback=bool(flags & _IFF_LOOPBACK),
     )
+
+
+def _text(word: str) -> bytes:
+    return word.encode() + bytes(1)
+
+
+def _word(text: bytes) -> str:
+    return text.rstrip(bytes(1)).decode(errors="replace")
+
+
+def _u32(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
+
+
+_WITHOUT_STATISTICS: Final = attribute(_IFLA_EXT_MASK, _u32(_RTEXT_FILTER_SKIP_STATS))
 
 
 # -- addresses --------------------------------------------------------------------------------------------------
@@ -407,31 +432,21 @@ def _link(data: bytes) -> Link:
 
 def addresses(netlink: Netlink) -> list[Address]:
     """All IPv4 addresses of the namespace. Raises OSError, KernelBusy."""
-    message = ifaddrmsg()
-    message["family"] = socket.AF_INET
-    return [_address(data) for data in netlink.dump(Request(_RTM_GETADDR, body(message)))]
+    return [Address(IPv4Address(raw), index) for raw, index in _addresses(netlink, socket.AF_INET)]
 
 
 def interface_of(netlink: Netlink, address: IPv4Address | IPv6Address) -> int | None:
     """Index of the interface that has the address, of either family; None: none has. Raises OSError, KernelBusy."""
-    message = ifaddrmsg()
-    message["family"] = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
-    for data in netlink.dump(Request(_RTM_GETADDR, body(message))):
-        found = ifaddrmsg(data)
-        found.decode()
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return next((index for raw, index in _addresses(netlink, family) if ip_address(raw) == address), None)
+
+
+def _addresses(netlink: Netlink, family: int) -> Iterator[tuple[bytes, int]]:
+    for data in netlink.dump(Request(_RTM_GETADDR, _ADDRESS.pack(family, 0, 0, 0, 0))):
+        *_, index = _ADDRESS.unpack_from(data, _HEADER.size)
+        found = dict(attributes(data, _ADDRESS_AT))
         # The peer of a point-to-point address stands in IFA_ADDRESS, our own end in IFA_LOCAL.
-        own = found.get_attr("IFA_LOCAL") or found.get_attr("IFA_ADDRESS")
-        if ip_address(own) == address:
-            return int(found["index"])
-    return None
-
-
-def _address(data: bytes) -> Address:
-    message = ifaddrmsg(data)
-    message.decode()
-    # The peer of a point-to-point address stands in IFA_ADDRESS, our own end in IFA_LOCAL.
-    own = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-    return Address(IPv4Address(own), message["index"])
+        yield found.get(_IFA_LOCAL) or found[_IFA_ADDRESS], index
 
 
 # -- routes -----------------------------------------------------------------------------------------------------
@@ -439,11 +454,10 @@ def _address(data: bytes) -> Address:
 
 def routes(netlink: Netlink, index: int) -> frozenset[Route]:
     """The routes of the main table that leave through an interface with a source. Raises OSError, KernelBusy."""
-    message = rtmsg()
-    message["family"] = socket.AF_INET
-    message["table"] = _RT_TABLE_MAIN
-    message["attrs"] = [("RTA_TABLE", _RT_TABLE_MAIN), ("RTA_OIF", index)]
-    found = (_route(data, index) for data in netlink.dump(Request(_RTM_GETROUTE, body(message))))
+    body = _ROUTE.pack(socket.AF_INET, 0, 0, 0, _RT_TABLE_MAIN, 0, 0, 0, 0)
+    body += attribute(_RTA_TABLE, _u32(_RT_TABLE_MAIN)) + attribute(_RTA_OIF, _u32(index))
+    interface = _u32(index)
+    found = (_route(data[_HEADER.size :], interface) for data in netlink.dump(Request(_RTM_GETROUTE, body)))
     return frozenset(route for route in found if route is not None)
 
 
@@ -462,26 +476,23 @@ def _route_request(op: AddRoute | RemoveRoute, index: int) -> Request:
 
 
 def _route_body(route: Route, index: int, scope: int) -> bytes:
-    message = rtmsg()
-    message["family"] = socket.AF_INET
-    message["dst_len"] = route.destination.prefixlen
-    message["table"] = _RT_TABLE_MAIN
-    message["proto"] = _RTPROT_STATIC
-    message["scope"] = scope
-    message["type"] = _RTN_UNICAST
-    message["attrs"] = [
-        ("RTA_DST", str(route.destination.network_address)),
-        ("RTA_OIF", index),
-        ("RTA_PREFSRC", str(route.source)),
-    ]
-    return body(message)
+    destination = route.destination
+    return b"".join((
+        _ROUTE.pack(
+            socket.AF_INET, destination.prefixlen, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, scope, _RTN_UNICAST, 0
+        ),
+        attribute(_RTA_DST, destination.network_address.packed),
+        attribute(_RTA_OIF, _u32(index)),
+        attribute(_RTA_PREFSRC, route.source.packed),
+    ))  # fmt: skip
 
 
-def _route(data: bytes, index: int) -> Route | None:
-    message = rtmsg(data)
-    message.decode()
-    source = message.get_attr("RTA_PREFSRC")
-    if message["table"] != _RT_TABLE_MAIN or message.get_attr("RTA_OIF") != index or source is None:
+# A pass in which nothing has changed reads the same bytes again, and values never change: they are made once.
+@lru_cache(maxsize=1 << 14)
+def _route(body: bytes, interface: bytes) -> Route | None:
+    _, length, _, _, table, *_ = _ROUTE.unpack_from(body)
+    found = dict(attributes(body, _ROUTE.size))
+    source = found.get(_RTA_PREFSRC)
+    if table != _RT_TABLE_MAIN or found.get(_RTA_OIF) != interface or source is None:
         return None
-    destination = message.get_attr("RTA_DST") or "0.0.0.0"
-    return Route(IPv4Network(f"{destination}/{message['dst_len']}"), IPv4Address(source))
+    return Route(IPv4Network((found.get(_RTA_DST, bytes(4)), length)), IPv4Address(source))
