@@ -15,17 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import pytest
 
-from agent.kernel import hosting, netlink
+from agent.kernel import hosting, netlink, rtnetlink
 from agent.kernel.api import Kernel, Namespace
 from agent.kernel.namespace import identify, run_in
 from agent.kernel.node import NodeKernel
-from agent.kernel.rtnetlink import Calls
+from agent.kernel.rtnetlink import Calls, Netlink, Request
 from agent.kernel.selection import select
 from agent.kernel.userspace import UserspaceDriver
 from agent.observed import ObservedInterface, ObservedTask
@@ -730,7 +730,7 @@ def test_what_is_no_namespace_is_gone(real: RealBench, tmp_path: Path) -> None:
 
 
 def test_nothing_keeps_a_namespace_alive(real: RealBench) -> None:
-    """After the container's end its device goes, the UDP port on the node is free, and no process stays."""
+    """After the container's end its device goes, its UDP port is another task's to have, and no process stays."""
     task = real.task()
     port = create(real, task).listen_port
     apply(real, task, AddPeer(stranger()), SetRules(rules("dddd4444"), "dddd4444"))
@@ -742,6 +742,90 @@ def test_nothing_keeps_a_namespace_alive(real: RealBench) -> None:
     _until(lambda: "hw" not in real.run_on_node(0, "ip", "-o", "link"), "nothing of it is on the node")
     if real.hosts:
         _until(lambda: not list(real.folders[0].glob("hw*")), "its socket is gone")
+    assert create(real, real.task()).listen_port == port
+
+
+def test_a_pass_leaves_no_descriptor_thread_or_process(real: RealBench) -> None:
+    """What enters a namespace is a thread that ends: nothing forks, and the caller stays where it is."""
+    task = real.task()
+    create(real, task)  # what is opened once and kept is open by now
+    forks: list[str] = []
+    counting = True
+    os.register_at_fork(before=lambda: forks.append("fork") if counting else None)
+
+    def held() -> tuple[str, set[str], set[str]]:
+        inside = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)}
+        return os.readlink("/proc/thread-self/ns/net"), set(os.listdir("/proc/self/task")), inside
+
+    def work() -> None:
+        before = held()
+        with task.kernel.open(task.namespace) as session:
+            session.observe()
+            session.apply([AddPeer(stranger(), initiate=False), AddRoute(Route(IPv4Network("10.9.9.9"), task.address))])
+            with pytest.raises(KernelBusy):
+                session.apply([AddRoute(Route(IPv4Network("10.9.9.8"), IPv4Address("10.66.0.1")))])
+        _until(lambda: held() == before, "all is as before")
+
+    try:
+        real.on(0, work)
+    finally:
+        counting = False
+    assert forks == []
+
+
+def _is_link(fd: str) -> bool:
+    return os.path.islink(f"/proc/self/fd/{fd}")
+
+
+def test_what_raises_in_a_namespace_raises_outside(real: RealBench) -> None:
+    """The error comes back as it is, and the next piece of work finds nothing of it."""
+    task = real.task()
+    where = run_in(task.namespace, lambda: os.readlink("/proc/thread-self/ns/net"))
+    assert where == f"net:[{task.namespace.inode}]"
+    assert os.readlink("/proc/thread-self/ns/net") != where
+    with pytest.raises(ZeroDivisionError):
+        run_in(task.namespace, lambda: 1 // 0)
+    with pytest.raises(SystemExit):
+        run_in(task.namespace, sys.exit)
+    assert run_in(task.namespace, lambda: 7) == 7
+
+
+def test_a_refusal_says_why_and_stops_nothing(real: RealBench) -> None:
+    """Of hundreds of requests in a few datagrams each has an outcome of its own, with the kernel's words for it."""
+    task = real.task()
+    index = run_in(task.namespace, lambda: socket.if_nametoindex("eth0"))
+
+    def request(number: int) -> Request:
+        source = task.address if number % 100 else IPv4Address("10.66.0.1")
+        route = Route(IPv4Network((10 << 24) + (7 << 16) + number), source)
+        return rtnetlink._route_request(AddRoute(route), index)
+
+    with contextlib.closing(run_in(task.namespace, lambda: Netlink(rtnetlink.NETLINK_ROUTE, Calls()))) as routes:
+        outcomes = routes.ask_all(request(number) for number in range(250))
+        assert [number for number, error in enumerate(outcomes) if error is not None] == [0, 100, 200]
+        assert "prefsrc" in str(outcomes[0])
+        network = {route for route in rtnetlink.routes(routes, index) if route.destination.prefixlen < 32}
+        assert len(rtnetlink.routes(routes, index) - network) == 250 - 3
+        assert routes.ask_all([]) == []
+
+
+def test_an_endpoint_of_the_sixth_version_is_read_as_given(real: RealBench) -> None:
+    """A node may be reached over IPv6."""
+    task = real.task()
+    create(real, task)
+    peer = PeerSpec(stranger().public_key, Endpoint(address=IPv6Address("2001:db8::7"), port=7), frozenset())
+    apply(real, task, AddPeer(peer, initiate=False))
+    assert interface(real, task).peers[peer.public_key].endpoint == peer.endpoint
+
+
+def test_a_peer_may_have_thousands_of_addresses(real: RealBench) -> None:
+    """More than an attribute holds, and more than one message of a dump."""
+    task = real.task()
+    create(real, task)
+    wanted = frozenset(IPv4Network((10 << 24) + (8 << 16) + number) for number in range(5000))
+    peer = PeerSpec(stranger().public_key, Endpoint(address=NODES[1], port=9), wanted)
+    apply(real, task, AddPeer(peer, initiate=False), AddPeer(stranger(), initiate=False))
+    assert interface(real, task).peers[peer.public_key].allowed_ips == wanted
 
 
 def test_the_interface_is_as_designed(real: RealBench) -> None:
