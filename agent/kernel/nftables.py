@@ -323,8 +323,8 @@ def _reset(families: Iterable[str]) -> str:
 def apply(transaction: str) -> None:
     """Carry the transaction out in the namespace of the calling thread, in which a child starts.
 
-    A process, not libnftables: that one ends or crashes its process where it meets what it did not expect, and saves
-    no more than half of some 16 ms. Raises KernelBusy, NoWireGuard without nft.
+    A process, not libnftables in this one: before it changes anything it reads what the namespace has, which a task
+    with CAP_NET_ADMIN writes, and some of that crashes it (decision 10). Raises KernelBusy, NoWireGuard without nft.
     """
     try:
         done = subprocess.run(
@@ -334,6 +334,10 @@ def apply(transaction: str) -> None:
         raise NoWireGuard("nft is missing: install the package nftables") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelBusy(f"nft did not run: {error}") from error
+    if done.returncode < 0:
+        raise KernelBusy(
+            f"nft crashed (signal {-done.returncode}) on the tables of this namespace: remove what the task put there"
+        )
     if done.returncode != 0:
         raise KernelBusy(_reason(done.stderr))
 

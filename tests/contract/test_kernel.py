@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import pytest
 
 from agent.kernel import hosting, netlink, rtnetlink
 from agent.kernel.api import Kernel, Namespace
+from agent.kernel.encode import attribute
 from agent.kernel.namespace import identify, run_in
 from agent.kernel.node import NodeKernel
 from agent.kernel.rtnetlink import Calls, Netlink, Request
@@ -860,6 +862,29 @@ def test_a_foreign_table_stays(real: RealBench) -> None:
     apply(real, task, RemoveRules())
     assert real.run(task, "nft", "list", "tables").split() == ["table", "ip", "docker-dns"]
     assert "hivewire" not in real.run_on_node(0, "nft", "list", "tables")
+
+
+def test_what_a_task_put_into_its_namespace_cannot_end_the_agent(real: RealBench) -> None:
+    """A set whose user data names no known kind of expression crashes some versions of nft: that process alone."""
+    task = real.task()
+    data = bytes([0, 4]) + struct.pack("=I", 1 << 31) + bytes([1, 8]) + bytes(8)
+    user_data = bytes([0, 4]) + struct.pack("=I", 1) + bytes([3, len(data)]) + data
+    table = attribute(1, b"hostile\0")
+    numbers = {3: 0, 4: 7, 5: 4, 10: 1}  # linux/netfilter/nf_tables.h: flags, type and length of the key, id
+    parts = [table, attribute(2, b"s\0"), *(attribute(kind, n.to_bytes(4, "big")) for kind, n in numbers.items())]
+
+    def request(kind: int, body: bytes, flags: int = rtnetlink.NLM_F_CREATE) -> Request:
+        return Request(10 << 8 | kind, struct.pack("=BBH", 1, 0, 0) + body, flags)
+
+    begin, end = (Request(kind, bytes(2) + (10).to_bytes(2, "big")) for kind in (16, 17))
+    added = [request(0, table), request(9, b"".join(parts) + attribute(13, user_data))]
+    with contextlib.closing(run_in(task.namespace, lambda: Netlink(rtnetlink.NETLINK_NETFILTER, Calls()))) as tables:
+        assert tables.ask_all([begin, *added, end]) == [None] * 4
+        with contextlib.suppress(KernelBusy):
+            apply(real, task, SetRules(rules("abcd1234"), "abcd1234"))
+        assert tables.ask_all([begin, request(2, table, 0), end]) == [None] * 3
+    apply(real, task, SetRules(rules("abcd1234"), "abcd1234"))
+    assert observe(real, task).rules == "abcd1234"
 
 
 def test_a_link_survives_the_agent(real: RealBench) -> None:
