@@ -176,6 +176,8 @@ class Place(contextlib.AbstractContextManager["Place"]):
         self._stack = contextlib.ExitStack()
         self._backend = backend
         self._folder = tempfile.TemporaryDirectory()
+        self.window = (0.0, 0.0)
+        """When the work began and ended that was timed last."""
 
     def __enter__(self) -> "Place":
         self._stack.enter_context(self._folder)
@@ -204,9 +206,15 @@ class Place(contextlib.AbstractContextManager["Place"]):
         def work() -> float:
             with task.kernel.open(task.namespace) as session:
                 session.apply([SetUp()])
-                return timed(lambda: session.apply(ops))
+                return self._timed(lambda: session.apply(ops))
 
         return self.bench.on(task.node, work)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        start = time.monotonic()
+        work()
+        self.window = (start, time.monotonic())
+        return self.window[1] - start
 
     def observe(self, task: Task) -> ObservedTask:
         def work() -> ObservedTask:
@@ -223,7 +231,7 @@ class Place(contextlib.AbstractContextManager["Place"]):
             command = ["wg", *(file.name if word == "FILE" else word for word in words)]
 
             def work() -> float:
-                return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+                return self._timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 
             return namespaces.run_in(task.namespace, work)
 
@@ -478,10 +486,12 @@ class Control:
                     assert asking.stdout is not None
                     asking.stdout.readline()
                     took = work()
-                    return ms(json.loads(asking.communicate("end\n")[0])), took
+                    asked = json.loads(asking.communicate("end\n")[0])
+                begin, end = place.window
+                return ms([seconds for at, seconds in asked if begin <= at <= end]), took
 
             def idle() -> float:
-                return timed(lambda: time.sleep(4))
+                return place._timed(lambda: time.sleep(4))
 
             def loaded(size: int) -> float:
                 task = place.device()
@@ -582,7 +592,7 @@ def counted_writes(writes: list[int]) -> Iterator[None]:
 
 def prober(limit_s: float) -> int:
     """Ask for a link of the own namespace, which takes the lock of all namespaces, until told to end."""
-    seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
     ended = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.readline(), ended.set()), daemon=True).start()
     with contextlib.closing(Netlink(rtnetlink.NETLINK_ROUTE, Calls())) as routes:
@@ -591,7 +601,7 @@ def prober(limit_s: float) -> int:
         print("ready", flush=True)
         until = time.monotonic() + limit_s
         while not ended.is_set() and time.monotonic() < until:
-            seconds.append(timed(lambda: routes.ask(request)))
+            seconds.append((time.monotonic(), timed(lambda: routes.ask(request))))
             time.sleep(0.005)
     print(json.dumps(seconds))
     return 0
