@@ -1,6 +1,22 @@
-"""What all tests share: one Hypothesis profile, so that a run on a slow machine finds the same as one on a fast one."""
+"""What all tests share: one Hypothesis profile, so that a run on a slow machine finds the same as one on a fast one;
+the time that they may take there; the lab of the end-to-end tests.
+"""
 
+import pytest
 from hypothesis import settings
+from lab.patience import FACTOR, patient
+
+pytest_plugins = ("tests.lab_mesh",)
 
 settings.register_profile("hivewire", deadline=None, print_blob=True)
 settings.load_profile("hivewire")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test its time, multiplied where the environment asks for patience."""
+    if FACTOR == 1:
+        return
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit_s = float(marker.args[0] if marker else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patient(limit_s)), append=False)

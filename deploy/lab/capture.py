@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lab.command import CLEAN_ENVIRONMENT, run
 from lab.errors import LabError
+from lab.patience import patient
 from lab.settings import BRIDGE, UNDERLAY
 
 
@@ -54,9 +55,9 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         if self._tcpdump is None:
             return
-        time.sleep(0.2)  # frames reach tcpdump in blocks; the last ones are still on their way
+        time.sleep(patient(0.2))  # frames reach tcpdump in blocks; the last ones are still on their way
         self._tcpdump.send_signal(signal.SIGINT)
-        self._tcpdump.communicate(timeout=10)
+        self._tcpdump.communicate(timeout=patient(10))
 
     def count(self, expression: str = "") -> int:
         """Count the frames in the file that match a tcpdump filter."""

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.patience import patient
 from lab.settings import CGROUP
 
 
@@ -38,7 +39,7 @@ def remove(timeout_s: float = 10) -> None:
 
     Raises LabError when one is still busy after `timeout_s` seconds.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while left := trees():
         for tree in left:
             for folder in reversed(_folders(tree)):  # deepest first: a cgroup with children cannot go

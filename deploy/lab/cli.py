@@ -50,6 +50,8 @@ def _run(options: argparse.Namespace) -> int:
             _capture(options)
         case "fail":
             lab.fail(options.node, options.action)
+        case "prepare":
+            print(lab.prepare())
         case "image":
             built = lab.ensure_images()
             print(built.hivewire, built.demo, sep="\n")
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("down", help="end everything, also what a crashed run left")
     commands.add_parser("ps", help="list the nodes")
     commands.add_parser("image", help="build the images, push them to the lab's registry, pull them on all nodes")
+    commands.add_parser("prepare", help="fetch and build all that a lab needs, and print the folder of its seed")
 
     docker = commands.add_parser("docker", help="run the docker CLI against a node's engine")
     execute = commands.add_parser("exec", help="run a program in a node's namespaces")

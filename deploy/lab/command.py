@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lab.errors import CommandFailed, LabError
+from lab.patience import patient
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -28,8 +29,9 @@ def run(
     """Run a program to its end and return its output as text.
 
     Raises CommandFailed when it ends with an error and `check` holds, LabError when the program does
-    not exist or does not end within `timeout_s` seconds.
+    not exist or does not end within `timeout_s` seconds (times the patience of patience.py, as everywhere in the lab).
     """
+    limit_s = None if timeout_s is None else patient(timeout_s)
     try:
         done = subprocess.run(
             argv,
@@ -38,7 +40,7 @@ def run(
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=timeout_s,
+            timeout=limit_s,
             env=None if env is None else dict(env),
             cwd=cwd,
             check=False,
@@ -46,7 +48,7 @@ def run(
     except FileNotFoundError as error:
         raise LabError(f"{argv[0]}: no such program; `lab up` installs what the lab needs") from error
     except subprocess.TimeoutExpired as error:
-        raise LabError(f"`{' '.join(argv)}` did not end within {timeout_s:.0f} s") from error
+        raise LabError(f"`{' '.join(argv)}` did not end within {limit_s:.0f} s") from error
     if check and done.returncode != 0:
         raise CommandFailed(argv, done.returncode, done.stdout, done.stderr)
     return done

@@ -9,6 +9,7 @@ from lab import processes
 from lab.command import detach
 from lab.errors import LabError
 from lab.node import Node, execute
+from lab.patience import patient
 from lab.settings import CGROUP, NETWORK
 
 PID_FILE = "/var/run/docker.pid"  # in the node's own /run
@@ -48,7 +49,7 @@ def kill(node: Node) -> None:
         raise LabError(f"node {node.name} has no running engine to kill; `lab fail {node.name} restart` starts one")
     execute(node, "sh", "-c", f"kill -9 $(cat {PID_FILE})")
     starter = int((node.dir / "dockerd.pid").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patient(10)
     while processes.is_alive(starter) and time.monotonic() < deadline:  # nsenter ends when its child has
         time.sleep(0.02)
 
@@ -57,7 +58,7 @@ def is_answering(node: Node) -> bool:
     """Tell whether the engine answers now."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-            channel.settimeout(5)
+            channel.settimeout(patient(5))
             channel.connect(str(node.socket))
             channel.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
             answer = http.client.HTTPResponse(channel)
@@ -81,12 +82,12 @@ def client(root: Path | None) -> tuple[str, ...]:
 
 
 def _wait_until_it_answers(node: Node) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + patient(START_TIMEOUT_S)
     while not is_answering(node):
         starter = (node.dir / "dockerd.pid").read_text().strip()
         died = bool(starter) and not processes.is_alive(int(starter))
         if died or time.monotonic() > deadline:
             said = node.engine_log.read_text(errors="replace").strip()[-1500:]
-            how = "ended" if died else f"does not answer after {START_TIMEOUT_S} s"
+            how = "ended" if died else f"does not answer after {patient(START_TIMEOUT_S):.0f} s"
             raise LabError(f"dockerd of {node.name} {how}; its log ({node.engine_log}) says:\n{said}")
         time.sleep(0.05)

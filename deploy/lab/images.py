@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab import registry, roots, wheels
+from lab import registry, roots, seed, wheels
 from lab.command import run
 from lab.errors import LabError
 from lab.settings import PROJECT, REGISTRY
@@ -39,11 +39,15 @@ class Images:
 def ensure(lab: "Lab") -> Images:
     """Build what changed since the last time, push it and pull it on every node.
 
-    Raises LabError when no lab is up, CommandFailed when a build or a transfer fails.
+    With a seed the nodes have everything from the start. Raises LabError when no lab is up or the seed is of another
+    state of the checkout, CommandFailed when a build or a transfer fails.
     """
     if not lab.is_up:
         raise LabError("no lab is up to build in and push to; start one with `lab up`")
     built = Images()
+    if lab.settings.seed is not None:
+        seed.check(lab.settings.seed, digests(lab))
+        return built
     base = _ensure_base(lab)
     changed = [image for image in _images(lab, built, base) if not image.is_built]
     if changed:
@@ -55,6 +59,22 @@ def ensure(lab: "Lab") -> Images:
     with lab.progress.step(f"pulling on {len(lab.nodes)} nodes"):
         _pull(lab, built.hivewire, built.demo)
     return built
+
+
+def digests(lab: "Lab") -> dict[str, str]:
+    """Say of each image what it is to be built from in today's checkout; needs no lab that is up.
+
+    Raises as `ensure` does when a Debian root or wheels have to be made for it, and cannot.
+    """
+    return {image.reference: image.digest for image in _images(lab, Images(), _base(lab).reference)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    reference: str
+    root: Path
+    wheels: Path
+    tag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,33 +101,38 @@ def _images(lab: "Lab", built: Images, base: str) -> list[_Image]:
     return found
 
 
+def _base(lab: "Lab") -> _Base:
+    """Find out what the base image is made of; its name says it."""
+    names = sorted({name for file in (PRODUCT, DEMO) for name in _packages_of(PROJECT / file)})
+    root = roots.ensure("image", names, lab.settings, lab.progress)
+    parcel = wheels.ensure(lab.settings, lab.progress)
+    script = hashlib.sha256((PROJECT / INSTALL).read_bytes()).hexdigest()[:8]
+    tag = f"{root.name}-{parcel.name}-{script}"
+    return _Base(f"{REGISTRY}/hivewire-base:{tag}", root, parcel, tag)
+
+
 def _ensure_base(lab: "Lab") -> str:
     """Return the reference of the base image in the registry, made now if its contents are new.
 
     It has the Debian packages and the dependencies already, so that a build after a change of our code
     needs no network and adds one small layer.
     """
-    names = sorted({name for file in (PRODUCT, DEMO) for name in _packages_of(PROJECT / file)})
-    root = roots.ensure("image", names, lab.settings, lab.progress)
-    parcel = wheels.ensure(lab.settings, lab.progress)
-    script = hashlib.sha256((PROJECT / INSTALL).read_bytes()).hexdigest()[:8]
-    tag = f"{root.name}-{parcel.name}-{script}"
-    reference = f"{REGISTRY}/hivewire-base:{tag}"
-    if registry.holds(lab.settings, "hivewire-base", tag):
-        return reference
+    base = _base(lab)
+    if registry.holds(lab.settings, "hivewire-base", base.tag):
+        return base.reference
     with tempfile.TemporaryDirectory(dir=lab.settings.cache, prefix="base-") as folder:
         with lab.progress.step("installing the dependencies into the base image (once)"):
-            copy = roots.copy_of(root, Path(folder) / "root")
-            shutil.copytree(parcel, copy / "build")
+            copy = roots.copy_of(base.root, Path(folder) / "root")
+            shutil.copytree(base.wheels, copy / "build")
             for name in ("pyproject.toml", "constraints.txt", INSTALL):
                 shutil.copy(PROJECT / name, copy / "build")
             roots.run_inside(copy, f"/build/{Path(INSTALL).name}", ENVIRONMENT, "/build")
         with lab.progress.step("importing the base image (once)"):
             archive = Path(folder) / "base.tar"
             run("tar", "-C", str(copy), "--sort=name", "-cf", str(archive), ".", timeout_s=300)
-            lab.docker(_builder(lab), "import", str(archive), reference, timeout_s=300)
-            lab.docker(_builder(lab), "push", "-q", reference, timeout_s=300)
-    return reference
+            lab.docker(_builder(lab), "import", str(archive), base.reference, timeout_s=300)
+            lab.docker(_builder(lab), "push", "-q", base.reference, timeout_s=300)
+    return base.reference
 
 
 def _build(lab: "Lab", image: _Image, base: str) -> None:

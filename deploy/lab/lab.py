@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import engine, images, lock, node, packages, registry, roots, swarm, sweep, underlay
+from lab import engine, images, lock, node, packages, registry, roots, seed, swarm, sweep, underlay
 from lab.capture import Capture
 from lab.command import CLEAN_ENVIRONMENT, Completed, run
 from lab.errors import CommandFailed, LabError
@@ -82,6 +82,26 @@ class Lab:
             with self.progress.step("ending the lab"):
                 sweep.sweep(self.settings)
 
+    def prepare(self) -> Path:
+        """Have ready in the cache all that a lab of this checkout needs, and return its seed (see seed.py).
+
+        With the seed in HIVEWIRE_LAB_SEED a lab comes up without a network, builds nothing and pulls nothing. Where
+        there is none yet, a lab of one node makes it. Raises LabError when a lab is up, or something cannot be made.
+        """
+        _check_machine()
+        packages.ensure(packages.LAB, self.progress)
+        roots.ensure("engine", roots.ENGINE, self.settings, self.progress)
+        wanted = images.digests(self)
+        if (found := seed.folder(self.settings, wanted)).is_dir():
+            return found
+        self.up(nodes=1)
+        try:
+            self.ensure_images()
+            with self.progress.step("keeping its images as a seed"):
+                return seed.take(self.settings, wanted, self.nodes[0].data)
+        finally:
+            self.down()
+
     @property
     def is_up(self) -> bool:
         """Tell whether a lab was started here and not ended; its nodes may still have failed."""
@@ -98,7 +118,7 @@ class Lab:
             underlay.build(members)
             registry.start(self.settings)
         with self.progress.step(f"{count} engines"), ThreadPoolExecutor(count) as pool:
-            list(pool.map(lambda member: _boot(member, root), members))
+            list(pool.map(lambda member: _boot(member, root, self.settings.seed), members))
         with self.progress.step(f"Swarm of {managers} manager(s), {count - managers} worker(s)"):
             swarm.form(members, managers, self.docker)
         self._write_record({**record, "phase": "up"})
@@ -260,8 +280,8 @@ def _never_began(done: Completed) -> bool:
     return done.returncode == 126 and "read init-p: connection reset" in done.stderr
 
 
-def _boot(member: Node, root: Path | None) -> None:
-    node.start(member, root)
+def _boot(member: Node, root: Path | None, images_to_begin_with: Path | None) -> None:
+    node.start(member, root, images_to_begin_with)
     engine.start(member)
 
 

@@ -4,6 +4,7 @@
 # Killing it ends everything that runs in the node.
 #   NODE   name                     DIR   the node's folder in the lab's state
 #   DATA   its /var/lib/docker      ROOT  a Debian root to run in, empty for the machine's own
+#   SEED   images to begin with (seed.py), empty for none
 set -eu
 
 # /proc is still the outer one here: this is the process id as the lab sees it.
@@ -36,6 +37,12 @@ printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$NODE" >"$new/etc/hosts"
 
 mkdir -p "$new/var/lib/docker"
 mount --bind "$DATA" "$new/var/lib/docker"
+if [ -n "$SEED" ]; then
+    cp -a "$SEED/engine/." "$DATA/"
+    for layer in "$SEED"/layers/*; do
+        mount --bind -o ro "$layer" "$new/var/lib/docker/overlay2/${layer##*/}/diff"
+    done
+fi
 
 # /run is built aside and moved into place, since the lab's own folder lies below the old /run.
 mount -t tmpfs -o mode=755 tmpfs "$DIR/run"

@@ -8,6 +8,7 @@ from pathlib import Path
 from lab import processes
 from lab.command import Completed, detach, run
 from lab.errors import LabError
+from lab.patience import patient
 from lab.settings import NETWORK, PREFIX, Settings
 
 INIT = Path(__file__).with_name("node-init.sh")
@@ -63,8 +64,8 @@ def make(number: int, settings: Settings) -> Node:
     return Node(number, settings.state / f"n{number}", settings.data / f"n{number}")
 
 
-def start(node: Node, root: Path | None, timeout_s: float = 20) -> None:
-    """Start the first process of a node whose network namespace exists.
+def start(node: Node, root: Path | None, seed: Path | None = None, timeout_s: float = 20) -> None:
+    """Start the first process of a node whose network namespace exists, with the images of a seed.
 
     Raises LabError when the node is not ready within `timeout_s` seconds.
     """
@@ -74,9 +75,9 @@ def start(node: Node, root: Path | None, timeout_s: float = 20) -> None:
     log = node.dir / "init.log"
     namespace = ("nsenter", f"--net=/run/netns/{node.namespace}")
     unshare = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child")
-    words = (f"NODE={node.name}", f"DIR={node.dir}", f"DATA={node.data}", f"ROOT={root or ''}")
+    words = (f"NODE={node.name}", f"DIR={node.dir}", f"DATA={node.data}", f"ROOT={root or ''}", f"SEED={seed or ''}")
     detach((*namespace, *unshare, "env", *words, "sh", str(INIT)), log, node.dir / "unshare.pid")
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while (pid := _read_pid(node.dir / "engine" / "init.pid")) is None:
         starter = _read_pid(node.dir / "unshare.pid")
         if time.monotonic() > deadline or (starter is not None and not processes.is_alive(starter)):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.patience import patient
 
 NAMESPACES = ("net", "mnt", "pid")
 
@@ -61,7 +62,7 @@ def kill_all(find: Callable[[], Iterable[int]], timeout_s: float = 15) -> None:
 
     Raises LabError when something is still there after `timeout_s` seconds.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while pids := list(find()):
         if time.monotonic() > deadline:
             raise LabError(f"processes {pids} do not end on SIGKILL; look at them with `ps -fp` and try again")

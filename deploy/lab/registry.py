@@ -5,12 +5,13 @@ import time
 
 from lab.command import detach, run
 from lab.errors import LabError
+from lab.patience import patient
 from lab.settings import REGISTRY, UNDERLAY, Settings
 
 
 def start(settings: Settings, timeout_s: float = 20) -> None:
     """Start the registry and wait until it answers; raises LabError when it does not."""
-    store = settings.cache / "registry"
+    store = settings.registry
     store.mkdir(parents=True, exist_ok=True)
     config = settings.state / "registry.json"  # JSON is YAML
     config.write_text(
@@ -29,7 +30,7 @@ def start(settings: Settings, timeout_s: float = 20) -> None:
         log,
         settings.state / "registry.pid",
     )
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while not _is_listening():
         if time.monotonic() > deadline:
             raise LabError(f"the registry does not start: {log.read_text(errors='replace')[-1000:]}")
@@ -38,7 +39,7 @@ def start(settings: Settings, timeout_s: float = 20) -> None:
 
 def holds(settings: Settings, name: str, tag: str) -> bool:
     """Tell from the store whether the registry has an image."""
-    tags = settings.cache / "registry/docker/registry/v2/repositories" / name / "_manifests/tags"
+    tags = settings.registry / "docker/registry/v2/repositories" / name / "_manifests/tags"
     return (tags / tag / "current/link").is_file()
 
 

@@ -43,9 +43,9 @@ def ensure(purpose: str, contents: Sequence[str], settings: Settings, progress: 
     root = settings.cache / "roots" / f"{SUITE}-{purpose}-{digest}"
     if root.is_dir():
         return root
-    minimal = _ensure_minimal(settings, progress)
+    base = minimal(settings, progress)
     with progress.step(f"installing {len(contents)} packages into the {SUITE} {purpose} root (once)"):
-        partial = copy_of(minimal, _fresh(root))
+        partial = copy_of(base, _fresh(root))
         run(*_private("sh", "-c", INSTALL, "sh", str(partial), *contents), timeout_s=1800)
         partial.rename(root)
     return root
@@ -62,7 +62,8 @@ def run_inside(root: Path, *argv: str) -> None:
     run(*_private("chroot", str(root), *argv), timeout_s=900, env=CLEAN_ENVIRONMENT)
 
 
-def _ensure_minimal(settings: Settings, progress: Progress) -> Path:
+def minimal(settings: Settings, progress: Progress) -> Path:
+    """Return the cached root that has only what is essential, made now if it does not exist; raises as `ensure`."""
     root = settings.cache / "roots" / f"{SUITE}-minbase"
     if root.is_dir():
         return root

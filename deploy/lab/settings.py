@@ -26,14 +26,22 @@ class Settings:
     cache: Path  # what is worth keeping: Debian roots, wheels, the registry's blobs
     data: Path  # /var/lib/docker of each node, emptied on every run
     mirror: str  # Debian mirror for the roots; empty: the one that debootstrap takes by itself
+    seed: Path | None = None  # images to begin with, as `lab prepare` made them; see seed.py
+
+    @property
+    def registry(self) -> Path:
+        """The registry's store: with a seed, the one that belongs to it."""
+        return (self.seed or self.cache) / "registry"
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """Read HIVEWIRE_LAB_STATE, HIVEWIRE_CACHE, HIVEWIRE_LAB_DATA and HIVEWIRE_DEBIAN_MIRROR."""
+        """Read HIVEWIRE_LAB_STATE, HIVEWIRE_CACHE, HIVEWIRE_LAB_DATA, HIVEWIRE_LAB_SEED, HIVEWIRE_DEBIAN_MIRROR."""
+        seed = os.environ.get("HIVEWIRE_LAB_SEED")
         cache = Path(os.environ.get("HIVEWIRE_CACHE") or "/var/cache/hivewire").resolve()
         return cls(
             state=Path(os.environ.get("HIVEWIRE_LAB_STATE") or "/run/hivewire-lab").resolve(),
             cache=cache,
             data=Path(os.environ.get("HIVEWIRE_LAB_DATA") or cache / "engines").resolve(),
             mirror=os.environ.get("HIVEWIRE_DEBIAN_MIRROR", ""),
+            seed=Path(seed).resolve() if seed else None,
         )

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from lab.command import Completed
 from lab.errors import LabError
 from lab.node import Node
+from lab.patience import patient
 
 Docker = Callable[..., Completed]  # (node, *arguments) -> what the CLI printed
 
@@ -23,7 +24,7 @@ def form(nodes: Sequence[Node], managers: int, docker: Docker, timeout_s: float 
         _join(node, first, "manager", docker)
     with ThreadPoolExecutor(max(1, len(nodes))) as pool:
         list(pool.map(lambda node: _join(node, first, "worker", docker), nodes[managers:]))
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while (ready := ready_nodes(first, docker)) != {node.name for node in nodes}:
         if time.monotonic() > deadline:
             missing = sorted({node.name for node in nodes} - ready)

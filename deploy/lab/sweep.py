@@ -16,7 +16,9 @@ def leftovers(settings: Settings) -> list[str]:
     found += [f"process {pid}" for pid in _members(_recorded_namespaces(settings))]
     found += [f"cgroup {tree}" for tree in cgroups.trees()]
     found += [f"mount {path}" for path in _mounts(settings)]
-    return found + [f"folder {path}" for path in (settings.state, settings.data) if path.exists()]
+    return found + [
+        f"folder {path}" for path in (settings.state, settings.data) if path.exists() and not _is_bare(path)
+    ]
 
 
 def sweep(settings: Settings) -> None:
@@ -40,6 +42,11 @@ def sweep(settings: Settings) -> None:
                 list(pool.map(lambda entry: run("rm", "-rf", str(entry), timeout_s=300), folder.iterdir()))
             if not folder.is_mount():  # else it is a tmpfs that the caller gave
                 folder.rmdir()
+
+
+def _is_bare(path: Path) -> bool:
+    """Tell whether a folder is a tmpfs that the caller gave, with nothing of ours in it."""
+    return path.is_mount() and not any(path.iterdir())
 
 
 def _recorded_namespaces(settings: Settings) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lab.errors import CommandFailed, LabError
 from lab.images import Images
 from lab.lab import Lab
+from lab.patience import FACTOR, patient
 
 DEPLOY = Path(__file__).resolve().parent.parent
 STACK = "hivewire"
@@ -42,11 +43,11 @@ class Deployed:
     def deploy(self, images: Images, **environment: str) -> None:
         """Deploy Hivewire as the README says, and wait until its controller answers."""
         env = {"HIVEWIRE_IMAGE": images.hivewire, **environment}
-        self.docker("stack", "deploy", "-c", str(DEPLOY / "stack.yml"), STACK, env=env)
+        self.docker("stack", "deploy", *_files(DEPLOY / "stack.yml", STACK), STACK, env=env)
 
     def deploy_demo(self, images: Images) -> None:
         env = {"HIVEWIRE_DEMO_IMAGE": images.demo}
-        self.docker("stack", "deploy", "-c", str(DEPLOY / "demo" / "stack.yml"), DEMO, env=env)
+        self.docker("stack", "deploy", *_files(DEPLOY / "demo" / "stack.yml", DEMO), DEMO, env=env)
 
     def remove(self, stack: str) -> None:
         self.docker("stack", "rm", stack)
@@ -87,7 +88,7 @@ class Deployed:
     def probe(self, task: Task, *arguments: str, timeout_s: float = 3.0) -> dict[str, Any]:
         """Try to reach something from a task of the demo; the answer says how that went."""
         result: dict[str, Any] = json.loads(
-            self.exec(task, "probe", "--timeout", str(timeout_s), *arguments, check=False) or "{}"
+            self.exec(task, "probe", "--timeout", str(patient(timeout_s)), *arguments, check=False) or "{}"
         )
         return result
 
@@ -108,14 +109,15 @@ class Deployed:
 
     def wait_ready(self, timeout_s: int = 120) -> None:
         """Until ``hivewire check`` is green. Raises LabError with what it said last."""
-        deadline = time.monotonic() + timeout_s
+        limit_s = int(patient(timeout_s))
+        deadline = time.monotonic() + limit_s
         while True:
             left = int(deadline - time.monotonic())
             try:
-                self.cli("check", "--wait", f"{max(5, left)}s", timeout_s=timeout_s + 30)
+                self.cli("check", "--wait", f"{max(5, left)}s", timeout_s=max(5, left) + 30)
             except (CommandFailed, LabError) as error:
                 if left <= 0:
-                    raise LabError(f"the mesh is not ready after {timeout_s} s: {error}") from error
+                    raise LabError(f"the mesh is not ready after {limit_s} s: {error}") from error
                 time.sleep(1)
             else:
                 return
@@ -159,15 +161,22 @@ class Deployed:
         return sorted(address for name, address in pairs if name != "ingress")
 
 
+def _files(stack: Path, name: str) -> list[str]:
+    """The stack file, and on a slow machine the one that gives its health checks more time."""
+    slow = [DEPLOY / "proof" / "slow" / f"{name}.yml"] if FACTOR > 1 else []
+    return [word for file in (stack, *slow) for word in ("-c", str(file))]
+
+
 def wait_for(what: str, question: Callable[[], T], timeout_s: float, period_s: float = 0.25) -> T:
     """Ask until the answer is true and return it. Raises LabError naming what did not come true in time."""
-    deadline = time.monotonic() + timeout_s
+    limit_s = patient(timeout_s)
+    deadline = time.monotonic() + limit_s
     while True:
         answer = question()
         if answer:
             return answer
         if time.monotonic() >= deadline:
-            raise LabError(f"not within {timeout_s:.0f} s: {what}")
+            raise LabError(f"not within {limit_s:.0f} s: {what}")
         time.sleep(period_s)
 
 
