@@ -17,6 +17,7 @@ import pytest
 from lab.errors import LabError
 from lab.images import Images
 from lab.node import Node
+from lab.patience import patient
 from proof import claims
 from proof.deployed import STACK, Deployed, Task, wait_for
 
@@ -125,7 +126,7 @@ class Field:
 
     def inside(self, node: Node, file: str, *argv: str) -> str:
         return subprocess.run(
-            [*entered(node, file), *argv], capture_output=True, text=True, timeout=60, check=False
+            [*entered(node, file), *argv], capture_output=True, text=True, timeout=patient(60), check=False
         ).stdout
 
 
@@ -359,7 +360,9 @@ def _marks(file: Path, sender: Sender) -> int:
 
 def _frames(file: Path, expression: str) -> int:
     argv = ["tcpdump", "-n", "-r", str(file), "-Z", "root", expression]
-    return len(subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines())
+    return len(
+        subprocess.run(argv, capture_output=True, text=True, timeout=patient(60), check=True).stdout.splitlines()
+    )
 
 
 def _reached(mesh: Deployed, task: Task, host: str, port: int) -> dict[str, object] | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from lab.images import Images
+from lab.patience import FACTOR, patient
 from lab.settings import REGISTRY_ADDRESS, UNDERLAY
 from proof.deployed import Deployed, Task, wait_for
 
@@ -42,7 +43,9 @@ for work, port in ((tcp, 8080), (tcp, 9090), (udp, 8080), (udp, 7070)):
 
 # Tries all targets at once and prints which answered: [[host, address, protocol, port], ...] -> [bool, ...]
 # Where a name is given, the address must be among those that it stands for.
-CLIENT = """
+CLIENT = (
+    f"PATIENCE = {FACTOR}\n"
+    + """
 import json, os, socket, struct, sys
 from concurrent.futures import ThreadPoolExecutor
 def checksum(data):
@@ -55,12 +58,12 @@ def attempt(target):
         if name and host not in {found[4][0] for found in socket.getaddrinfo(name, port or 1)}:
             return None
         if protocol == 'tcp':
-            with socket.create_connection((host, port), 1.5) as channel:
+            with socket.create_connection((host, port), 1.5 * PATIENCE) as channel:
                 return channel.recv(4) == b'here'
         if protocol == 'udp':
             family, _, _, _, to = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, socket.SOCK_DGRAM) as channel:
-                channel.settimeout(0.5)
+                channel.settimeout(0.5 * PATIENCE)
                 channel.connect(to)
                 for _ in range(3):
                     channel.send(b'echo')
@@ -70,7 +73,7 @@ def attempt(target):
                         pass
                 return False
         with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as channel:
-            channel.settimeout(1.5)
+            channel.settimeout(1.5 * PATIENCE)
             mark = os.urandom(8)
             body = struct.pack('!BBHHH', 8, 0, 0, 7, 1) + mark
             body = body[:2] + struct.pack('!H', checksum(body)) + body[4:]
@@ -87,6 +90,7 @@ targets = json.load(sys.stdin)
 with ThreadPoolExecutor(max(1, min(40, len(targets)))) as pool:
     print(json.dumps(list(pool.map(attempt, targets))))
 """
+)
 
 SOURCES = {
     "matrix_source": "linked",
@@ -229,7 +233,9 @@ class Matrix:
         targets = json.dumps([[case.name, case.host, case.protocol, case.port] for case in cases])
         if source == OUTSIDE:
             argv: tuple[str, ...] = ("nsenter", f"--net=/run/netns/{UNDERLAY}", sys.executable, "-c", CLIENT)
-            done = subprocess.run(argv, input=targets, capture_output=True, text=True, timeout=120, check=True).stdout
+            done = subprocess.run(
+                argv, input=targets, capture_output=True, text=True, timeout=patient(120), check=True
+            ).stdout
         elif source == HOST:
             done = self.mesh.lab.exec(self.near, "python3", "-c", CLIENT, text_in=targets).stdout
         else:

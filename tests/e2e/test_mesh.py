@@ -14,6 +14,7 @@ import docker
 import pytest
 from lab.errors import CommandFailed
 from lab.images import Images
+from lab.patience import patient
 from proof import claims
 from proof.claims import API, DB, WEB
 from proof.deployed import STACK, Deployed, Task, wait_for
@@ -206,7 +207,7 @@ def test_the_swarm_adapter_keeps_its_contract_on_this_engine(mesh: Deployed) -> 
         test_swarm.IMAGE_VARIABLE: Images().demo,
     }
     command = [sys.executable, "-m", "pytest", "-q", "-k", "real", str(Path(test_swarm.__file__))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=patient(280), check=False)
     print(done.stdout[-3000:])
     assert done.returncode == 0
 

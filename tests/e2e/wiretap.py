@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lab.node import Node
+from lab.patience import patient
 
 
 def entered(node: Node, file: str) -> list[str]:
@@ -44,13 +45,13 @@ class Tap:
         for line in self._tcpdump.stderr:
             if "listening on" in line:
                 return
-        self._tcpdump.communicate(timeout=10)
+        self._tcpdump.communicate(timeout=patient(10))
         raise AssertionError("tcpdump does not listen")
 
     def stop(self) -> None:
-        time.sleep(0.2)
+        time.sleep(patient(0.2))
         self._tcpdump.send_signal(signal.SIGINT)
-        self._tcpdump.communicate(timeout=10)
+        self._tcpdump.communicate(timeout=patient(10))
 
 
 @contextmanager
