@@ -186,11 +186,13 @@ def test_links_go_on_and_nothing_else_gets_through(storm: Storm, disaster: str) 
     assert openings[PLAIN] > 0
     assert at_sink.get(f"udp {LINKED} {MARKS[PLAIN]}", 0) > 0, "the control did not arrive: that proves nothing"
     assert clear[MARKS[CLIENT]] == 0
-    # A restarted engine starts tasks before it has started the agent. Towards other nodes a strict network is shut then;
-    # what its own tasks send each other meanwhile, or on a default network, is not, and the figures say how much.
+    # A restarted engine starts tasks before it has started the agent. Towards other nodes a strict network is shut
+    # then; what its own tasks send each other meanwhile, or on a default network, is not: the figures say how much.
     is_new = disaster == "engine restarted"
     if storm.guard == "strict" or not is_new:
-        assert (clear[MARKS[STRANGER]], openings[STRANGER]) == (0, 0)
+        assert clear[MARKS[STRANGER]] == 0
+        # After a restart the new tasks may have the addresses of others before.
+        assert is_new or openings[STRANGER] == 0
         assert at_sink.get(f"udp {LINKED} {MARKS[STRANGER]}", 0) == 0
     for node, counts in at_servers.items():
         if is_new and node == "n3":
