@@ -187,12 +187,12 @@ class Matrix:
                         expected = is_link or not ENFORCED & set(pair)
                     else:
                         expected = not ENFORCED & set(pair)
-                    if "IPv6" in way.naming and protocol == "icmp":
-                        continue
-                    # Docker's to say, and not the mesh's: VIPs of what is not linked need IPVS, and docker_gwbridge
-                    # is divided by the node's firewall.
-                    is_ours = not expected or is_link or (HAS_IPVS if way.naming == "VIP" else way.naming != "gwbridge")
-                    if is_ours and not (expected and way.naming == "gwbridge, IPv6"):
+                    # Docker's to say, and not the mesh's: VIPs of what is not linked need IPVS, and tasks that are not
+                    # enforced are kept apart on docker_gwbridge by the node's firewall.
+                    is_dockers = {"VIP": not is_link and not HAS_IPVS, "IPv6": False}.get(
+                        way.naming, "gw" in way.naming
+                    )
+                    if not (expected and is_dockers) and not ("IPv6" in way.naming and protocol == "icmp"):
                         cases.append(
                             Case(
                                 service, target, way.naming, way.distance, protocol, port, way.host, expected, way.name
