@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Address
+from types import MappingProxyType
 from typing import Any, Final
 
 import docker
@@ -86,6 +87,13 @@ class LocalTasks:
     def __init__(self, socket: str = "unix:///var/run/docker.sock") -> None:
         self._socket = socket
         self._clients = threading.local()
+        self._lock = threading.Lock()
+        self._sandboxes: dict[str, str] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_sandbox(self, listener: Callable[[], None]) -> None:
+        """Call it when ``get`` has learned of a network namespace that ``network`` did not know of before."""
+        self._listeners.append(listener)
 
     def node(self) -> LocalNode:
         """Raises SwarmUnavailable, also where the engine is not part of a Swarm."""
@@ -118,7 +126,13 @@ class LocalTasks:
             found = self._client().containers(filters=filters)
             if not found:
                 raise TaskGone(f"task {task} has no running container on this node")
-            return parse_container(self._client().inspect_container(found[0]["Id"]))
+            local = parse_container(self._client().inspect_container(found[0]["Id"]))
+        with self._lock:
+            is_new = self._sandboxes.get(local.container) != local.sandbox
+            self._sandboxes[local.container] = local.sandbox
+        for listener in self._listeners if is_new else ():
+            listener()
+        return local
 
     def events(self) -> Iterator[TaskEvent]:
         """What happens to the containers of tasks, until the engine ends the stream.
@@ -150,7 +164,10 @@ class LocalTasks:
                 attached = self._client().inspect_network(network).get("Containers") or {}
             except NotFound:
                 attached = {}
-        return parse_network(network, name, containers, attached, time.time())
+        with self._lock:
+            self._sandboxes = {c["Id"]: self._sandboxes[c["Id"]] for c in containers if c["Id"] in self._sandboxes}
+            sandboxes = dict(self._sandboxes)
+        return parse_network(network, name, containers, attached, time.time(), sandboxes)
 
     def network_events(self) -> Iterator[NetworkId | None]:
         """Whenever the answer of ``network`` may have changed: for that network, or None for any.
@@ -203,8 +220,12 @@ def parse_network(
     containers: Iterable[Mapping[str, Any]],
     attached: Mapping[str, Mapping[str, Any]],
     now: float,
+    sandboxes: Mapping[str, str] = MappingProxyType({}),
 ) -> LocalNetwork:
-    """Read ``GET /containers/json?all=1`` together with the ``Containers`` of ``GET /networks/{id}``."""
+    """Read ``GET /containers/json?all=1`` together with the ``Containers`` of ``GET /networks/{id}``.
+
+    ``sandboxes`` are the paths of network namespaces by container, as far as they are known.
+    """
     holders, is_forming = [], False
     for container in containers:
         labels, state = container.get("Labels") or {}, container.get("State")
@@ -222,7 +243,8 @@ def parse_network(
         stage = Stage.ATTACHED if is_held else Stage.COMING if state == "created" else Stage.ENDED
         mac = (endpoint or {}).get("MacAddress") or mine.get("MacAddress") or ""
         service = ServiceId(labels.get(SERVICE_LABEL, ""))
-        holders.append(Holder(ContainerId(container["Id"]), service, address, str(mac), stage))
+        sandbox = sandboxes.get(container["Id"], "")
+        holders.append(Holder(ContainerId(container["Id"]), service, address, str(mac), stage, sandbox))
     balancer = next((e for key, e in attached.items() if key.startswith(_BALANCER)), {})
     return LocalNetwork(tuple(holders), _address(balancer.get("IPv4Address")), is_forming)
 

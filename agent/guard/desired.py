@@ -1,9 +1,10 @@
 """What the guard of one overlay namespace should let through: the record joined with what the engine says. Pure."""
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from types import MappingProxyType
 
 from agent.guard.render import Closed, Open, Rules
 from hivewire.ids import ContainerId, ServiceId
@@ -32,6 +33,8 @@ class Holder:
     mac: str
     """Empty where the engine does not say it yet."""
     stage: Stage
+    sandbox: str = ""
+    """Path of its network namespace; empty while nobody has asked the engine for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,15 @@ class LocalNetwork:
     """Whether there is a fresh container whose networks the engine does not name yet: ask again in a moment."""
 
 
-def guard(record: GuardRecord, local: LocalNetwork, macs: frozenset[str] = frozenset()) -> Rules:
-    """``macs`` are the hardware addresses that the bridge still sees behind local ports."""
+def guard(
+    record: GuardRecord,
+    local: LocalNetwork,
+    macs: frozenset[str] = frozenset(),
+    ports: Mapping[str, frozenset[int]] = MappingProxyType({}),
+) -> Rules:
+    """``macs`` are the hardware addresses that the bridge still sees behind local ports, ``ports`` the indices of its
+    ports that lead into the namespaces of these paths.
+    """
     enforced = frozenset(record.enforced)
     owners = {address: tuple(_owners(here, macs)) for address, here in _by_address(local.holders).items()}
     if record.strict:
@@ -54,9 +64,17 @@ def guard(record: GuardRecord, local: LocalNetwork, macs: frozenset[str] = froze
         tasks = {a for a, here in owners.items() if here and all(h.service in exempt for h in here)}
         balancer = set() if local.load_balancer is None else {local.load_balancer}
         closed = {a for a, here in owners.items() if here and a not in tasks}
-        return Open(tuple(sorted((tasks | balancer | set(record.exempt_vips)) - closed)))
+        known = [h for h in local.holders if h.stage is Stage.ATTACHED and h.service not in exempt]
+        return Open(tuple(sorted((tasks | balancer | set(record.exempt_vips)) - closed)), _ports(known, ports))
     shut = [h for here in owners.values() if any(h.service in enforced for h in here) for h in here]
-    return Closed(tuple(sorted({h.address for h in shut})), tuple(sorted({_mac(h) for h in shut})))
+    known = [h for h in local.holders if h.stage is Stage.ATTACHED and h.service in enforced]
+    return Closed(
+        tuple(sorted({h.address for h in shut})), tuple(sorted({_mac(h) for h in shut})), _ports(known, ports)
+    )
+
+
+def _ports(holders: Iterable[Holder], ports: Mapping[str, frozenset[int]]) -> tuple[int, ...]:
+    return tuple(sorted({index for h in holders for index in ports.get(h.sandbox, ())}))
 
 
 def _by_address(holders: Iterable[Holder]) -> dict[IPv4Address, list[Holder]]:

@@ -58,6 +58,7 @@ class Guard:
         ]
 
     def start(self) -> None:
+        self._tasks.on_sandbox(lambda: self.reconciler.on_network(None))
         self.reconciler.mirror.start()
         for thread in self._threads:
             thread.start()

@@ -154,7 +154,8 @@ class GuardReconciler:
             local = self._networks.network(record.network, record.name)
             if local.is_forming:
                 self._queue.add_after(file, FORMING_S)
-            rules, since_created_s = guard(record, local, observed.macs), None
+            ports = space.ports({h.sandbox for h in local.holders if h.sandbox})
+            rules, since_created_s = guard(record, local, observed.macs, ports), None
             if render(rules)[1] != digest:
                 if observed.digest:
                     self._save_notes(file, space)
@@ -269,4 +270,6 @@ class GuardReconciler:
 def _words(rules: Rules) -> str:
     """The rules for a log line."""
     addresses = ", ".join(map(str, rules.addresses)) or "nothing"
-    return f"close {addresses}" if isinstance(rules, Closed) else f"open only {addresses}"
+    said = f"close {addresses}" if isinstance(rules, Closed) else f"open only {addresses}"
+    ports = rules.ports if isinstance(rules, Closed) else rules.closed_ports
+    return f"{said}, ports {', '.join(map(str, ports))}" if ports else said

@@ -37,6 +37,8 @@ class Closed:
     addresses: tuple[IPv4Address, ...]
     macs: tuple[str, ...]
     """Their hardware addresses, which cover IPv6 and addresses that a task gave itself."""
+    ports: tuple[int, ...] = ()
+    """Their ports of the bridge, by index, which cover whatever a task says of itself; known once it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Open:
     """The strict guard: nothing passes but IPv4 from and to these local ends."""
 
     addresses: tuple[IPv4Address, ...]
+    closed_ports: tuple[int, ...] = ()
+    """Ports of the bridge, by index, whose tasks are none of these, whatever addresses they give themselves."""
 
 
 Rules = Closed | Open
@@ -80,19 +84,23 @@ def _body(rules: Rules) -> Iterator[str]:
         yield f"\tchain {name} {{"
         yield from (f"\t\t{rule}" for rule in _noting(name, f'counter name "{counter}" drop'))
         yield "\t}"
-    yield from _chain(FROM_TASKS, "prerouting priority -300", "iifname", _judge(rules, "saddr", FROM_TASKS))
-    yield from _chain(TO_TASKS, "postrouting priority 300", "oifname", _judge(rules, "daddr", TO_TASKS))
+    yield from _chain(FROM_TASKS, "prerouting priority -300", "iifname", _judge(rules, "saddr", "iif", FROM_TASKS))
+    yield from _chain(TO_TASKS, "postrouting priority 300", "oifname", _judge(rules, "daddr", "oif", TO_TASKS))
 
 
-def _judge(rules: Rules, end: str, counter: str) -> Iterator[str]:
+def _judge(rules: Rules, end: str, port: str, counter: str) -> Iterator[str]:
     drop, noted = f'counter name "{counter}" drop', f"goto {NOTES[counter]}"
     match rules:
-        case Closed(addresses, macs):
+        case Closed(addresses, macs, ports):
             if addresses:
                 yield f"ip {end} {_set(map(str, addresses))} {noted}"
             if macs:
                 yield f"ether {end} {_set(macs)} {drop}"
-        case Open(addresses):
+            if ports:
+                yield f"{port} {_set(map(str, ports))} {drop}"
+        case Open(addresses, ports):
+            if ports:
+                yield f"{port} {_set(map(str, ports))} {noted}"
             if addresses:
                 yield f"ip {end} {_set(map(str, addresses))} accept"
             yield noted

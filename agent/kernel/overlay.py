@@ -6,6 +6,7 @@ namespaces of tasks have other names. Facts: libnetwork drivers/overlay/ov_netwo
 """
 
 import contextlib
+import errno
 import os
 import re
 import struct
@@ -32,6 +33,13 @@ _ID_CHARACTERS: Final = 10
 _AF_BRIDGE: Final = 7
 _RTM_GETLINK: Final = 18
 _RTM_GETNEIGH: Final = 30
+# linux/net_namespace.h
+_RTM_GETNSID: Final = 90
+_NETNSA_NSID: Final = 1
+_NETNSA_FD: Final = 3
+_RTGENMSG: Final = bytes(4)
+"""Its one byte, the family, filled up to a word."""
+_NETNSA_AT: Final = 20
 _NDA_LLADDR: Final = 2
 _NDM_AT: Final = 16
 _NDM: Final = struct.Struct("=BxxxiHBB")
@@ -74,6 +82,12 @@ class Space(Protocol):
 
     def observe(self) -> ObservedOverlay:
         """Read what is there. Raises KernelBusy, NoPermission."""
+
+    def ports(self, sandboxes: Set[str]) -> Mapping[str, frozenset[int]]:
+        """Which ports of the bridge lead into the namespaces of these paths, by index; those that are gone have none.
+
+        The kernel says so of the ports, which nobody in those namespaces can change. Raises KernelBusy.
+        """
 
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
         """Replace the guard's table in one transaction. Raises NamespaceGone, KernelBusy, NoWireGuard without nft."""
@@ -146,6 +160,11 @@ class _Space:
                 macs=_macs(self._routes, uplinks.keys()),
             )
 
+    def ports(self, sandboxes: Set[str]) -> Mapping[str, frozenset[int]]:
+        with translated("find the ports of tasks"):
+            by_namespace = _peers(self._routes) if sandboxes else {}
+            return {path: by_namespace.get(_identifier(self._routes, path), frozenset()) for path in sandboxes}
+
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
         self._nft(_RESET + counting_on(text, counts))
 
@@ -190,6 +209,37 @@ def _uplinks(routes: Netlink) -> dict[int, int | None]:
             vxlan = info.get_attr("IFLA_INFO_DATA") if info and info.get_attr("IFLA_INFO_KIND") == "vxlan" else None
             found[link["index"]] = vxlan.get_attr("IFLA_VXLAN_ID") if vxlan else None
     return found
+
+
+def _peers(routes: Netlink) -> dict[int, frozenset[int]]:
+    """Ports by the identifier, in this namespace, of the one that their other end is in."""
+    found: dict[int, frozenset[int]] = {}
+    for data in routes.dump(Request(_RTM_GETLINK, rtnetlink.body(ifinfmsg()))):
+        link = ifinfmsg(data)
+        link.decode()
+        if (identifier := link.get_attr("IFLA_LINK_NETNSID")) is not None:
+            found[identifier] = found.get(identifier, frozenset()) | {link["index"]}
+    return found
+
+
+def _identifier(routes: Netlink, path: str) -> int:
+    """Of the namespace behind the path; below zero where there is none, or where no port leads into it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        answer = routes.ask(
+            Request(_RTM_GETNSID, _RTGENMSG + rtnetlink.attribute(_NETNSA_FD, struct.pack("=I", descriptor)))
+        )
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a file that no namespace is mounted on, or not any more
+            return -1
+        raise
+    finally:
+        os.close(descriptor)
+    told = (dict(attributes(message, _NETNSA_AT)).get(_NETNSA_NSID, b"") for message in answer)
+    return next((int(struct.unpack("=i", value)[0]) for value in told if value), -1)
 
 
 def _macs(routes: Netlink, uplinks: Set[int]) -> frozenset[str]:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from hivewire.errors import NamespaceGone
 from hivewire.ids import ContainerId, NetworkId, ServiceId, TaskId
 from hivewire.records import GuardRecord
 
-FILE = "1-abcdefghij"
+FILE, GROUP = "1-abcdefghij", "239.1.2.3"
 TRIES, WAIT_S = 8, 0.1
 """A first datagram may be lost while a port comes up or a neighbour is looked for."""
 ENFORCED, EXEMPT, REMOTE = (IPv4Address(f"10.0.1.{n}") for n in (3, 4, 9))
@@ -53,6 +53,14 @@ class Bench:
     folder: Path
     ends: dict[str, str]
     overlays: OverlayNamespaces
+
+    def guard(self, record: GuardRecord) -> Rules:
+        """With the ports that lead to the two local tasks."""
+        with self.overlays.open(FILE) as space:
+            ports = space.ports(frozenset(self.ends.values()))
+        ends = ("enforced", "exempt")
+        holders = (replace(h, sandbox=self.ends[end]) for h, end in zip(LOCAL.holders, ends, strict=True))
+        return guard(record, LocalNetwork(tuple(holders)), ports=ports)
 
     def put(self, rules: Rules) -> None:
         with self.overlays.open(FILE) as space:
@@ -196,6 +204,70 @@ def test_an_address_of_its_own_making_helps_nobody(bench: Bench, record: GuardRe
         lambda: subprocess.run(["ip", "address", "add", f"{own}/24", "dev", "eth0"], timeout=30, check=True),
     )
     assert not bench.arrives_from("enforced", "remote", own)
+
+
+@pytest.mark.parametrize("record", [RECORD, STRICT], ids=["default", "strict"])
+def test_forged_addresses_help_nobody_whose_port_is_known(bench: Bench, record: GuardRecord) -> None:
+    """With hardware address and address of an exempt task, or of nobody, an enforced one still does not get through."""
+    forged = EXEMPT if record.strict else IPv4Address("10.0.1.77")
+    mac = "02:42:" + ":".join(f"{octet:02x}" for octet in forged.packed)
+
+    def forge() -> None:
+        for command in (f"link set eth0 address {mac}", f"address add {forged}/24 dev eth0"):
+            subprocess.run(["ip", *command.split()], timeout=30, check=True)
+
+    run_in(identify(TaskId(""), bench.ends["exempt"]), lambda: subprocess.run(["ip", "link", "set", "eth0", "down"]))
+    run_in(identify(TaskId(""), bench.ends["enforced"]), forge)
+    bench.put(guard(record, LOCAL))
+    assert bench.arrives_from("enforced", "remote", forged), "the control: known by its addresses alone it gets through"
+    bench.put(bench.guard(record))
+    assert not bench.arrives_from("enforced", "remote", forged)
+
+
+def test_what_is_for_everybody_does_not_reach_a_port_that_is_known(bench: Bench) -> None:
+    """A datagram to a group goes out on every port of a bridge, but for those of enforced tasks."""
+
+    def heard() -> bool:
+        ears = [run_in(identify(TaskId(""), bench.ends["enforced"]), _group_ears)]
+        with contextlib.ExitStack() as stack:
+            for each in ears:
+                stack.enter_context(each)
+            say = stack.enter_context(
+                run_in(
+                    identify(TaskId(""), bench.ends["exempt"]), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                )
+            )
+            say.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(str(EXEMPT)))
+            for _ in range(TRIES):
+                say.sendto(b"all", (GROUP, 7))
+                with contextlib.suppress(TimeoutError):
+                    return ears[0].recv(100) == b"all"
+            return False
+
+    bench.put(guard(RECORD, LOCAL))
+    assert heard(), "the control"
+    bench.put(bench.guard(RECORD))
+    assert not heard()
+
+
+def test_ports_are_those_of_the_namespace_behind_a_path(bench: Bench, tmp_path: Path) -> None:
+    """Each local task has one; a path without a namespace has none, and neither has a namespace without a port."""
+    (tmp_path / "plain").touch()
+    missing, plain, own = str(tmp_path / "nowhere"), str(tmp_path / "plain"), "/proc/self/ns/net"
+    with bench.overlays.open(FILE) as space:
+        found = space.ports(frozenset({*bench.ends.values(), missing, plain, own}))
+    assert all(len(found[path]) == 1 for path in bench.ends.values())
+    assert len(frozenset().union(*(found[path] for path in bench.ends.values()))) == len(bench.ends)
+    assert found[missing] == found[plain] == found[own] == frozenset()
+
+
+def _group_ears() -> socket.socket:
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.settimeout(WAIT_S)
+    udp.bind(("", 7))
+    group = socket.inet_aton(GROUP) + socket.inet_aton(str(ENFORCED))
+    udp.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+    return udp
 
 
 def test_the_bridges_own_address_is_no_way_around(bench: Bench) -> None:

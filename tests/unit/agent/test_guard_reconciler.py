@@ -1,8 +1,9 @@
 """The guard's loop, over overlay namespaces and an engine of a few values, and a store in memory."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 
 import msgspec
@@ -41,6 +42,10 @@ class FakeSpace:
     applied: list[str] = field(default_factory=list)
     macs: frozenset[str] = frozenset()
     vnis: frozenset[int] = frozenset()
+    behind: dict[str, frozenset[int]] = field(default_factory=dict)
+
+    def ports(self, sandboxes: Set[str]) -> Mapping[str, frozenset[int]]:
+        return {path: ports for path, ports in self.behind.items() if path in sandboxes}
 
     def observe(self) -> ObservedOverlay:
         digest = self.text.split('"')[1] if self.text else ""
@@ -181,6 +186,25 @@ def test_an_engine_event_closes_a_new_task(rig: Rig) -> None:
     assert rig.work() == []
     rig.guard.on_network(NETWORK)
     assert rig.work() == ["close 10.0.1.3"]
+
+
+def test_a_task_is_closed_by_its_port_once_that_is_known(rig: Rig) -> None:
+    """The engine's answer comes later than the task's address: then the port that leads to it is closed as well."""
+    rig.local = LocalNetwork((replace(API, stage=Stage.ATTACHED), SPY))
+    rig.space.behind = {"/netns/api": frozenset({12}), "/netns/spy": frozenset({14})}
+    for record, sign in ((DEFAULT, "iif { 12 } counter"), (STRICT, "iif { 12 } goto")):
+        rig.put(record)
+        rig.mesh()
+        rig.read()
+        rig.work()
+        assert "iif" not in rig.space.text.replace("iifname", "")
+        paths = zip(rig.local.holders, ("/netns/api", "/netns/spy"), strict=True)
+        rig.local = LocalNetwork(tuple(replace(holder, sandbox=path) for holder, path in paths))
+        rig.guard.on_network(None)
+        rig.work()
+        assert sign in rig.space.text
+        assert "14" not in re.sub(r'comment "\w+"', "", rig.space.text)
+        rig.local = LocalNetwork(tuple(replace(holder, sandbox="") for holder in rig.local.holders))
 
 
 def test_a_container_without_networks_is_looked_at_again_soon(rig: Rig) -> None:

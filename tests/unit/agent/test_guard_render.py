@@ -17,6 +17,8 @@ ONE, TWO = IPv4Address("10.0.1.3"), IPv4Address("10.0.1.4")
 RULES: dict[str, Rules] = {
     "default-nobody": Closed((), ()),
     "default": Closed((ONE, TWO), ("02:42:0a:00:01:03", "02:42:0a:00:01:04")),
+    "default-ports": Closed((ONE, TWO), ("02:42:0a:00:01:03", "02:42:0a:00:01:04"), (12, 14)),
+    "strict-ports": Open((ONE, TWO), (12, 14)),
     "strict-shut": SHUT,
     "strict": Open((ONE, TWO)),
 }
