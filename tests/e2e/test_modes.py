@@ -8,6 +8,7 @@ from lab.images import Images
 from proof.deployed import Deployed, Task, wait_for
 
 from tests.e2e import streams
+from tests.e2e.test_access import agent
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -48,9 +49,15 @@ def change_mode(mesh: Deployed, mode: str, *tasks: Task) -> None:
     for service in (SERVER, CLIENT):
         mesh.update(service, "--label-add", f"hivewire.mode={mode}")
     sign = {"enforce": "chain denied_no_link_in", "observe": "chain passed_no_link_in"}[mode]
-    table = ("nft", "list", "table", "inet", "hivewire")
     for task in tasks:
-        wait_for(f"{mode} in {task.name}", lambda t=task: sign in mesh.in_namespace(t, *table, check=False), 30, 0.1)
+        wait_for(f"{mode} in {task.name}", lambda t=task: sign in table(mesh, t), 30, 0.1)
+
+
+def table(mesh: Deployed, task: Task) -> str:
+    """The rules of a task, as the nft of the image lists them, which made them."""
+    path = mesh.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container).stdout.strip()
+    listing = ("nft", "list", "table", "inet", "hivewire")
+    return mesh.exec(agent(mesh, task.node), "nsenter", f"--net={path}", *listing, check=False)
 
 
 def test_between_enforce_and_observe_no_connection_is_lost(mesh: Deployed, pair: tuple[Task, list[Task]]) -> None:
