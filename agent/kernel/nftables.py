@@ -24,7 +24,8 @@ from hivewire.errors import KernelBusy, NoWireGuard
 
 TABLE: Final = "hivewire"
 _FAMILIES: Final = {"ip": 2, "inet": 1}
-"""As nft and as the kernel call them (NFPROTO_IPV4, NFPROTO_INET in linux/netfilter.h)."""
+"""Of a task's table, as nft and as the kernel call them (NFPROTO_IPV4, NFPROTO_INET in linux/netfilter.h). Two, since an
+older version may have used the other one."""
 
 ALTERED: Final = "altered"
 """In the place of a digest: there is a table, and it does not hold what its comment says."""
@@ -79,7 +80,7 @@ _FAMILY_AT: Final = 16
 _KEY: Final = struct.Struct("!4s4sB3xH2x")
 """Source, destination, protocol, port: each part of a key fills whole words of 4 bytes."""
 
-_DECLARED: Final = re.compile(rf"\s*table\s+(?:{'|'.join(_FAMILIES)})\s+{TABLE}\s*\{{")
+_DECLARED: Final = re.compile(rf"\s*table\s+(?:{'|'.join(_FAMILIES)}|bridge)\s+{TABLE}\s*\{{")
 _BLOCK: Final = re.compile(r"\s*(chain|set|counter|map) (\S+) \{")
 _COMMENT: Final = re.compile(r'(\s*comment "[^" ]*)"')
 _HOOK: Final = re.compile(r"\s*type \S+ hook ")
@@ -100,11 +101,6 @@ class _Census:
 
     def __str__(self) -> str:
         return f"{self.chains} {self.rules} {self.drops} {self.elements}"
-
-
-def digest(netlink: Netlink) -> str:
-    """The digest in the comment of Hivewire's table; empty where there is no such table. Raises OSError, KernelBusy."""
-    return comment(_table(netlink).get(_NFTA_TABLE_USERDATA, b""))
 
 
 def applied(netlink: Netlink) -> str:
@@ -307,16 +303,12 @@ def replacement(text: str, there: Iterable[str] = _FAMILIES) -> str:
     """
     if not _DECLARED.match(text):
         raise KernelBusy(f"the rules do not declare the table {TABLE}")
-    return _reset(there) + _COMMENT.sub(rf'\1 {_announced(text)}"', text, count=1)
+    return removal(there) + _COMMENT.sub(rf'\1 {_announced(text)}"', text, count=1)
 
 
-def removal() -> str:
+def removal(families: Iterable[str] = _FAMILIES) -> str:
     """The transaction that leaves no table of Hivewire."""
-    return _reset(_FAMILIES)
-
-
-def _reset(families: Iterable[str]) -> str:
-    # "add" makes "delete" succeed where there is no table; all families, as an older version may have used another.
+    # "add" makes "delete" succeed where there is no table.
     return "".join(f"add table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in families)
 
 

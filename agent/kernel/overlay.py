@@ -55,7 +55,7 @@ _NFTA_COUNTER_BYTES: Final = 1
 _NFTA_COUNTER_PACKETS: Final = 2
 _BODY_AT: Final = 20
 
-_RESET: Final = f"add table bridge {nftables.TABLE}\ndelete table bridge {nftables.TABLE}\n"
+_FAMILIES: Final = ("bridge",)
 
 
 def is_of(file: str, network: NetworkId) -> bool:
@@ -69,7 +69,7 @@ class ObservedOverlay:
     """What an overlay namespace holds."""
 
     digest: str = ""
-    """Of the guard's table; empty where there is none."""
+    """Of the guard's table; empty where there is none, ``nftables.ALTERED`` where somebody changed it."""
     counts: Mapping[str, Count] = field(default_factory=dict)
     vnis: frozenset[int] = frozenset()
     """VXLAN identifiers of the network that it is of."""
@@ -151,7 +151,7 @@ class _Space:
 
     def observe(self) -> ObservedOverlay:
         with translated("observe the overlay namespace"):
-            digest = nftables.digest(self._tables)
+            digest = nftables.applied(self._tables)
             uplinks = _uplinks(self._routes)
             return ObservedOverlay(
                 digest=digest,
@@ -166,10 +166,10 @@ class _Space:
             return {path: by_namespace.get(_identifier(self._routes, path), frozenset()) for path in sandboxes}
 
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
-        self._nft(_RESET + counting_on(text, counts))
+        self._nft(nftables.replacement(counting_on(text, counts), _FAMILIES))
 
     def remove(self) -> None:
-        self._nft(_RESET)
+        self._nft(nftables.removal(_FAMILIES))
 
     def noted_counters(self) -> NotedCounters:
         with translated("read the counters of the guard"):

@@ -23,6 +23,7 @@ import pytest
 from agent.guard.desired import Holder, LocalNetwork, Stage, guard
 from agent.guard.render import FROM_TASKS, SHUT, TO_TASKS, Rules, render
 from agent.kernel.namespace import identify, run_in
+from agent.kernel.nftables import ALTERED
 from agent.kernel.overlay import OverlayNamespaces
 from hivewire.errors import NamespaceGone
 from hivewire.ids import ContainerId, NetworkId, ServiceId, TaskId
@@ -340,6 +341,31 @@ def test_the_table_is_adopted_by_its_digest_and_removed(bench: Bench) -> None:
         space.remove()
         assert space.observe().digest == ""
         assert space.observe().counts == {}
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "flush table bridge hivewire",
+        "flush chain bridge hivewire from_tasks",
+        "insert rule bridge hivewire from_tasks accept",
+        "add table bridge hivewire { flags dormant; }",
+    ],
+)
+@pytest.mark.parametrize("record", [RECORD, STRICT], ids=["default", "strict"])
+def test_a_guard_that_was_weakened_is_noticed(bench: Bench, record: GuardRecord, harm: str) -> None:
+    """Untouched, also after it dropped and noted, the table answers with its digest; opened by hand, it does not."""
+    rules = bench.guard(record)
+    bench.put(rules)
+    bench.arrives("enforced", "remote")
+    bench.put(rules)  # with its counters going on
+    bridge = identify(TaskId(""), str(bench.folder / FILE))
+    with bench.overlays.open(FILE) as space:
+        assert space.observe().digest == render(rules)[1]
+        run_in(bridge, lambda: subprocess.run(["nft", harm], timeout=30, check=True))
+        assert space.observe().digest == ALTERED
+    bench.put(rules)
+    assert not bench.arrives("enforced", "remote")
 
 
 def test_only_overlay_namespaces_are_listed(tmp_path: Path) -> None:
