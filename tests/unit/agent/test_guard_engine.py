@@ -11,9 +11,9 @@ import pytest
 from agent.guard.desired import Holder, LocalNetwork, Stage
 from agent.kernel.inotify import NewFiles
 from agent.kernel.overlay import is_of
-from agent.tasks import parse_network
+from agent.tasks import LocalTasks, parse_network
 from hivewire.errors import KernelBusy
-from hivewire.ids import ContainerId, NetworkId, ServiceId
+from hivewire.ids import ContainerId, NetworkId, ServiceId, TaskId
 
 NETWORK, NAME = NetworkId("un37g4fb1wiblcnjlicphk8hp"), "net1"
 NOW = 1795421020.0
@@ -117,6 +117,32 @@ def test_what_the_engine_leaves_out_is_no_error(broken: Mapping[str, Any]) -> No
 def test_files_of_a_network(file: str, expected: bool) -> None:
     """Number, hyphen, the first ten characters of the id; nothing else."""
     assert is_of(file, NETWORK) is expected
+
+
+class FakeEngine:
+    """One container of one task, as its client answers."""
+
+    def containers(self, **_: object) -> list[dict[str, Any]]:
+        return [container("running", HELD)]
+
+    def inspect_container(self, _: str) -> dict[str, Any]:
+        settings = {"SandboxKey": "/var/run/docker/netns/abc", "Networks": {}}
+        return {"Id": "c", "Config": {"Labels": LABELS}, "State": {"Running": True}, "NetworkSettings": settings}
+
+    def inspect_network(self, _: str) -> dict[str, Any]:
+        return {"Containers": {"c": ENDPOINT}}
+
+
+def test_where_a_task_lives_is_known_once_somebody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's answer has no namespaces; those that were learned of tasks are told with it, and told of once."""
+    tasks, told = LocalTasks(), []
+    monkeypatch.setattr(tasks, "_client", FakeEngine)
+    tasks.on_sandbox(lambda: told.append(1))
+    assert tasks.network(NETWORK, NAME).holders[0].sandbox == ""
+    for _ in range(2):
+        tasks.get(TaskId("t"))
+    assert tasks.network(NETWORK, NAME).holders[0].sandbox == "/var/run/docker/netns/abc"
+    assert told == [1]
 
 
 def test_new_files_are_told_at_once(tmp_path: Path) -> None:

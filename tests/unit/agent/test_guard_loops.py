@@ -27,6 +27,11 @@ class FakeTasks:
         self.streams = 0
         self.over = threading.Event()
 
+        self.listeners: list[Callable[[], None]] = []
+
+    def on_sandbox(self, listener: Callable[[], None]) -> None:
+        self.listeners.append(listener)
+
     def network(self, network: NetworkId, name: str) -> LocalNetwork:
         return LocalNetwork()
 
@@ -106,6 +111,22 @@ def test_what_a_node_cannot_do_is_not_tried_all_the_time(
     finally:
         guard.stop()
     assert len(seen) < 10
+
+
+def test_a_namespace_that_became_known_is_looked_at(tasks: FakeTasks, tmp_path: Path) -> None:
+    """When the engine has told where a task lives, its networks are passed over again, to find its port."""
+    (tmp_path / FILE).touch()
+    guard = started(tasks, tmp_path)
+    try:
+        passes: list[str] = []
+        until(lambda: tasks.streams == 2 and tasks.listeners)
+        guard.reconciler.reconcile = lambda file: passes.append(file) or Outcome(file, "in order")  # type: ignore
+        time.sleep(0.1)
+        passes.clear()
+        tasks.listeners[0]()
+        until(lambda: FILE in passes)
+    finally:
+        guard.stop()
 
 
 def test_the_folder_may_come_later(tasks: FakeTasks, tmp_path: Path) -> None:
