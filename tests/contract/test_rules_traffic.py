@@ -116,6 +116,22 @@ def test_a_link_carries_both_ways(pair: Pair) -> None:
         pair.connect(7000, back=True)
 
 
+@pytest.mark.parametrize("back", [None, 7001])
+def test_the_port_of_a_link_opens_nothing_the_other_way(pair: Pair, back: int | None) -> None:
+    """A server that sends from its link's port gets in no further than from any other, but for a link of its own."""
+    pair.link(7000, back)
+    with run_in(pair.here, lambda: socket.create_server(("0.0.0.0", 7001))):
+
+        def connect() -> socket.socket:
+            return socket.create_connection((str(HERE), 7001), SHORT_S, (str(THERE), 7000))
+
+        if back:
+            run_in(pair.there, connect).close()
+        else:
+            with pytest.raises(TimeoutError):
+                run_in(pair.there, connect)
+
+
 @pytest.mark.parametrize("back", [None, 7005])
 @pytest.mark.parametrize("server_first", [False, True])
 def test_a_revoked_link_ends_its_connections(pair: Pair, back: int | None, *, server_first: bool) -> None:
