@@ -243,8 +243,9 @@ def parse_network(
         stage = Stage.ATTACHED if is_held else Stage.COMING if state == "created" else Stage.ENDED
         mac = (endpoint or {}).get("MacAddress") or mine.get("MacAddress") or ""
         service = ServiceId(labels.get(SERVICE_LABEL, ""))
+        task = TaskId(labels[TASK_LABEL]) if TASK_LABEL in labels else None
         sandbox = sandboxes.get(container["Id"], "")
-        holders.append(Holder(ContainerId(container["Id"]), service, address, str(mac), stage, sandbox))
+        holders.append(Holder(ContainerId(container["Id"]), service, address, str(mac), stage, task, sandbox))
     balancer = next((e for key, e in attached.items() if key.startswith(_BALANCER)), {})
     return LocalNetwork(tuple(holders), _address(balancer.get("IPv4Address")), is_forming)
 

@@ -81,7 +81,7 @@ def run(settings: AgentSettings) -> bool:
         book=book,
         bridge=lambda: way_out(calls),
     )
-    guard = Guard(tasks, store, guard_book, settings.namespaces, settings.resync_s)
+    guard = Guard(tasks, store, guard_book, settings.namespaces, settings.resync_s, record.node)
     server = ReportServer(
         (str(record.underlay_address), settings.report_port),
         identity,

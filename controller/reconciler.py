@@ -292,7 +292,12 @@ class MeshReconciler:
         previous |= {p.service: p for p in self._policies.records().values()}
         agents = frozenset(self._alive_agents())
         compiled = compile_mesh(snapshot, previous, self._defaults, agents)
-        guards = compile_guards(snapshot, compiled.policies, self._defaults.mode)
+        shut_out = frozenset(
+            ServiceId(q.id)
+            for q in self._quarantines.records().values()
+            if q.kind is QuarantineKind.SERVICE and not q.released
+        )
+        guards = compile_guards(snapshot, compiled.policies, self._defaults.mode, shut_out)
         compiled = replace(compiled, findings=in_order((*compiled.findings, *guards.findings)))
         addresses = defaultdict[str, list[Node]](list)
         for node in snapshot.nodes.values():

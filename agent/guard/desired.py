@@ -1,13 +1,13 @@
 """What the guard of one overlay namespace should let through: the record joined with what the engine says. Pure."""
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from types import MappingProxyType
 
 from agent.guard.render import Closed, Open, Rules
-from hivewire.ids import ContainerId, ServiceId
+from hivewire.ids import ContainerId, ServiceId, TaskId
 from hivewire.records import GuardRecord
 
 
@@ -33,6 +33,8 @@ class Holder:
     mac: str
     """Empty where the engine does not say it yet."""
     stage: Stage
+    task: TaskId | None = None
+    """None where it is of no task."""
     sandbox: str = ""
     """Path of its network namespace; empty while nobody has asked the engine for it."""
 
@@ -53,21 +55,30 @@ def guard(
     local: LocalNetwork,
     macs: frozenset[str] = frozenset(),
     ports: Mapping[str, frozenset[int]] = MappingProxyType({}),
+    shut_out: Set[ContainerId] = frozenset(),
 ) -> Rules:
     """``macs`` are the hardware addresses that the bridge still sees behind local ports, ``ports`` the indices of its
-    ports that lead into the namespaces of these paths.
+    ports that lead into the namespaces of these paths, ``shut_out`` those in quarantine, whatever their service's mode.
     """
     enforced = frozenset(record.enforced)
+
+    def is_closed(holder: Holder) -> bool:
+        return holder.service in enforced or holder.container in shut_out
+
     owners = {address: tuple(_owners(here, macs)) for address, here in _by_address(local.holders).items()}
     if record.strict:
         exempt = frozenset(record.exempt) - enforced
-        tasks = {a for a, here in owners.items() if here and all(h.service in exempt for h in here)}
+
+        def is_open(holder: Holder) -> bool:
+            return holder.service in exempt and not is_closed(holder)
+
+        tasks = {a for a, here in owners.items() if here and all(map(is_open, here))}
         balancer = set() if local.load_balancer is None else {local.load_balancer}
         closed = {a for a, here in owners.items() if here and a not in tasks}
-        known = [h for h in local.holders if h.stage is Stage.ATTACHED and h.service not in exempt]
+        known = [h for h in local.holders if h.stage is Stage.ATTACHED and not is_open(h)]
         return Open(tuple(sorted((tasks | balancer | set(record.exempt_vips)) - closed)), _ports(known, ports))
-    shut = [h for here in owners.values() if any(h.service in enforced for h in here) for h in here]
-    known = [h for h in local.holders if h.stage is Stage.ATTACHED and h.service in enforced]
+    shut = [h for here in owners.values() if any(map(is_closed, here)) for h in here]
+    known = [h for h in local.holders if h.stage is Stage.ATTACHED and is_closed(h)]
     return Closed(
         tuple(sorted({h.address for h in shut})), tuple(sorted({_mac(h) for h in shut})), _ports(known, ports)
     )

@@ -20,7 +20,7 @@ from agent.kernel.overlay import OverlayNamespaces
 from agent.tasks import LocalTasks
 from hivewire import logs
 from hivewire.errors import HivewireError, NamespaceGone, SwarmUnavailable, Unsupported
-from hivewire.ids import ServiceId, TaskId
+from hivewire.ids import NodeId, ServiceId, TaskId
 from hivewire.reports import TaskDenials
 from hivewire.store.api import Store
 from hivewire.workqueue import WorkQueue
@@ -32,7 +32,9 @@ _TURN_S: Final = 0.5
 class Guard:
     """Builds the guard and runs it."""
 
-    def __init__(self, tasks: LocalTasks, store: Store, book: Book, folder: Path, resync_s: float) -> None:
+    def __init__(
+        self, tasks: LocalTasks, store: Store, book: Book, folder: Path, resync_s: float, node: NodeId
+    ) -> None:
         self._tasks = tasks
         self._folder = folder
         self._resync_s = resync_s
@@ -47,6 +49,7 @@ class Guard:
             store=store,
             queue=self._queue,
             book=book,
+            node=node,
             # Whose addresses they are is for the controller to say: they are of no single task.
             notes=lambda file, space: self._denials.read(TaskId(file), ServiceId(""), space),
         )

@@ -23,8 +23,8 @@ from agent.kernel.edges import Edges
 from agent.kernel.overlay import Overlays, Space, is_of
 from hivewire import logs
 from hivewire.errors import KernelBusy, NamespaceGone
-from hivewire.ids import NetworkId
-from hivewire.records import GUARDS, MESH_KEY, GuardRecord
+from hivewire.ids import ContainerId, NetworkId, NodeId
+from hivewire.records import GUARDS, MESH_KEY, QUARANTINES, GuardRecord, quarantine_keys
 from hivewire.store.api import Store
 from hivewire.store.mirror import Mirror
 from hivewire.workqueue import WorkQueue
@@ -68,6 +68,7 @@ class GuardReconciler:
         store: Store,
         queue: WorkQueue[str],
         book: Book,
+        node: NodeId,
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         notes: Callable[[str, Space], None] = lambda _file, _space: None,
@@ -79,13 +80,14 @@ class GuardReconciler:
         self._edges = edges
         self._queue = queue
         self._book = book
+        self._node = node
         self._monotonic = monotonic
         self._sleep = sleep
         self._log = logs.get()
         self._lock = threading.Lock()
         self._created: dict[str, float] = {}
         self.mirror = Mirror(store, self.on_records, clock=monotonic)
-        for prefix in (MESH_KEY, GUARDS):
+        for prefix in (MESH_KEY, GUARDS, QUARANTINES):
             self.mirror.follow(prefix)
 
     # What happened: all but on_created only mark namespaces to be looked at.
@@ -155,7 +157,7 @@ class GuardReconciler:
             if local.is_forming:
                 self._queue.add_after(file, FORMING_S)
             ports = space.ports({h.sandbox for h in local.holders if h.sandbox})
-            rules, since_created_s = guard(record, local, observed.macs, ports), None
+            rules, since_created_s = guard(record, local, observed.macs, ports, self._shut_out(local)), None
             if render(rules)[1] != digest:
                 if observed.digest:
                     self._save_notes(file, space)
@@ -164,6 +166,14 @@ class GuardReconciler:
                 since_created_s = done.since_created_s if not observed.digest else None
         ops += (*self._settle_edge(record, rules), *outdated)
         return Outcome(file, "guarded" if ops else "in order", record.name, tuple(ops), since_created_s)
+
+    def _shut_out(self, local: LocalNetwork) -> frozenset[ContainerId]:
+        """Tasks in quarantine. Their own rules do not bind one that makes its frames itself."""
+        return frozenset(
+            holder.container
+            for holder in local.holders
+            if holder.task and self._book.is_quarantined(quarantine_keys(holder.service, holder.task, self._node))
+        )
 
     def _reconcile_edge(self, name: str) -> Outcome:
         """Where a task of the network is here, its namespace's pass does it."""

@@ -5,7 +5,7 @@ passes only what is known to be exempt. So a service is exempt when its labels s
 to be in the mesh and cannot be is left out, and with that closed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,10 +30,14 @@ class Guards:
 
 
 def compile_guards(
-    snapshot: SwarmSnapshot, policies: Mapping[ServiceId, PolicyRecord], mode: Mode = Mode.ENFORCE
+    snapshot: SwarmSnapshot,
+    policies: Mapping[ServiceId, PolicyRecord],
+    mode: Mode = Mode.ENFORCE,
+    shut_out: Set[ServiceId] = frozenset(),
 ) -> Guards:
-    """``policies`` are those of the same snapshot, ``mode`` is the mesh's. Without an enforced service only a strict
-    network has a guard, and not where the mesh is off: that is the way to be rid of it.
+    """``policies`` are those of the same snapshot, ``mode`` is the mesh's, ``shut_out`` are services in quarantine,
+    which the guard takes for enforced. Without an enforced service only a strict network has a guard, and not where the
+    mesh is off: that is the way to be rid of it.
     """
     records: dict[NetworkId, GuardRecord] = {}
     findings: list[Finding] = []
@@ -46,7 +50,8 @@ def compile_guards(
         on_it = sorted(
             (s for s in snapshot.services.values() if network.id in s.networks), key=lambda service: service.id
         )
-        record = _guard(network, value != _DEFAULT, on_it, policies, snapshot.vxlan_port)
+        enforced = shut_out | {s for s, policy in policies.items() if policy.mode is Mode.ENFORCE}
+        record = _guard(network, value != _DEFAULT, on_it, policies, enforced, snapshot.vxlan_port)
         if record.enforced or (record.strict and mode is not Mode.OFF):
             records[network.id] = record
     return Guards(records, in_order(findings))
@@ -57,9 +62,10 @@ def _guard(
     strict: bool,
     services: list[Service],
     policies: Mapping[ServiceId, PolicyRecord],
+    closed: Set[ServiceId],
     vxlan_port: int,
 ) -> GuardRecord:
-    enforced = [s for s in services if s.id in policies and policies[s.id].mode is Mode.ENFORCE]
+    enforced = [s for s in services if s.id in closed]
     exempt = [s for s in services if s not in enforced and _is_exempt(s, policies)] if strict else []
     return GuardRecord(
         network=network.id,

@@ -44,7 +44,7 @@ def read(*containers: Mapping[str, Any], attached: Mapping[str, Any] | None = No
 
 
 def holder(stage: Stage, mac: str = "", service: str = "s") -> Holder:
-    return Holder(ContainerId("c"), ServiceId(service), ADDRESS, mac, stage)
+    return Holder(ContainerId("c"), ServiceId(service), ADDRESS, mac, stage, TaskId("t") if service else None)
 
 
 @pytest.mark.parametrize(

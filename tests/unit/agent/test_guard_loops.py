@@ -12,7 +12,7 @@ from agent.guard.desired import LocalNetwork
 from agent.guard.loops import Guard
 from agent.guard.reconciler import Outcome
 from hivewire.errors import KernelBusy, NamespaceGone, NoPermission, SwarmUnavailable
-from hivewire.ids import NetworkId
+from hivewire.ids import NetworkId, NodeId
 from hivewire.store.memory import MemoryStore
 from tests.fakes.signatures import Unsigned
 
@@ -51,7 +51,7 @@ def tasks() -> Iterator[FakeTasks]:
 
 
 def started(tasks: FakeTasks, folder: Path) -> Guard:
-    guard = Guard(tasks, MemoryStore(), Book(Unsigned()), folder, 60.0)  # type: ignore[arg-type]
+    guard = Guard(tasks, MemoryStore(), Book(Unsigned()), folder, 60.0, NodeId("n"))  # type: ignore[arg-type]
     guard.start()
     return guard
 

@@ -16,8 +16,17 @@ from agent.guard.reconciler import FORMING_S, MOUNT_S, GuardReconciler
 from agent.guard.render import FROM_TASKS, SHUT, Count, render
 from agent.kernel.overlay import ObservedOverlay, Space
 from hivewire.errors import NamespaceGone, SwarmUnavailable
-from hivewire.ids import ContainerId, NetworkId, ServiceId
-from hivewire.records import MESH_KEY, GuardRecord, MeshRecord, encode, guard_key
+from hivewire.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
+from hivewire.records import (
+    MESH_KEY,
+    GuardRecord,
+    MeshRecord,
+    QuarantineKind,
+    QuarantineRecord,
+    encode,
+    guard_key,
+    key_of,
+)
 from hivewire.store.memory import MemoryStore
 from hivewire.workqueue import WorkQueue
 from tests.fakes.clock import FakeClock
@@ -116,6 +125,7 @@ class Rig:
         self.guard = GuardReconciler(
             networks=self, overlays=self.overlays, edges=self.edges, store=self.store, queue=self.queue,
             book=Book(Unsigned()),
+            node=NodeId("n1"),
             monotonic=self.clock,
             sleep=self._sleep,
         )  # fmt: skip
@@ -205,6 +215,31 @@ def test_a_task_is_closed_by_its_port_once_that_is_known(rig: Rig) -> None:
         assert sign in rig.space.text
         assert "14" not in re.sub(r'comment "\w+"', "", rig.space.text)
         rig.local = LocalNetwork(tuple(replace(holder, sandbox="") for holder in rig.local.holders))
+
+
+@pytest.mark.parametrize("record", [DEFAULT, STRICT], ids=["default", "strict"])
+@pytest.mark.parametrize(("kind", "id_"), [("service", "spy"), ("task", "spy.1"), ("node", "n1")])
+def test_a_quarantine_closes_whom_no_mode_does(rig: Rig, record: GuardRecord, kind: str, id_: str) -> None:
+    """A task that is not enforced is open, until it is shut out by itself, with its service or its node."""
+    rig.local = LocalNetwork((API, replace(SPY, task=TaskId("spy.1"))))
+    rig.put(record)
+    rig.mesh()
+    rig.read()
+    rig.work()
+    quarantine = QuarantineRecord(kind=QuarantineKind(kind), id=id_, name="x", since=1.0)
+    for released in (False, True, False):
+        rig.store.put(key_of(quarantine), encode(msgspec.structs.replace(quarantine, released=released)))
+        rig.read()
+        rig.work()
+        shut = frozenset() if released else frozenset({SPY.container})
+        assert rig.space.text == render(guard(record, rig.local, shut_out=shut))[0]
+    assert render(guard(record, rig.local))[0] != rig.space.text
+    other = msgspec.structs.replace(quarantine, id="other")
+    rig.store.put(key_of(other), encode(other))
+    rig.store.put(key_of(quarantine), encode(msgspec.structs.replace(quarantine, released=True)))
+    rig.read()
+    rig.work()
+    assert render(guard(record, rig.local))[0] == rig.space.text
 
 
 def test_a_container_without_networks_is_looked_at_again_soon(rig: Rig) -> None:

@@ -68,6 +68,16 @@ def test_a_strict_guard_names_the_exempt_and_their_vips() -> None:
     )
 
 
+@pytest.mark.parametrize("value", ["strict", "default"])
+def test_a_service_in_quarantine_is_guarded_whatever_its_mode(value: str) -> None:
+    """The guard holds who makes frames itself, on a network where nobody else is enforced as well."""
+    swarm = snapshot(OBSERVED, UNLABELLED, networks=(labelled("shop_app", {GUARD: value}),))
+    policies = compile_mesh(swarm, {}, MeshDefaults(Mode.ENFORCE)).policies
+    record = only(compile_guards(swarm, policies, Mode.ENFORCE, frozenset({OBSERVED.id})))
+    assert record.enforced == (OBSERVED.id,)
+    assert OBSERVED.id not in record.exempt
+
+
 def test_only_a_strict_guard_knows_its_frames() -> None:
     """Identifiers and port of its VXLAN frames, by which nodes close it before anybody is on it."""
     for value, vnis in (("strict", (4097, 4099)), ("default", ())):
