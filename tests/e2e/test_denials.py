@@ -23,15 +23,17 @@ def denials(mesh: Deployed, destination: str, *, dropped: bool) -> dict[str, Any
     return next((it for it in found if (it["source"], it["destination"], it["port"], it["dropped"]) == ours), None)
 
 
-def count(mesh: Deployed, destination: str, *, dropped: bool = True) -> int:
-    found = denials(mesh, destination, dropped=dropped)
-    return int(found["count"]) if found else 0
+def counts(mesh: Deployed, *services: str, dropped: bool = True) -> dict[str, int]:
+    """How often spy tried each of the services, in one answer."""
+    found = mesh.ask("denials", "-s", DEMO)["items"]
+    known = {(it["source"], it["destination"], it["port"], it["dropped"]): int(it["count"]) for it in found}
+    return {service: known.get((SPY, service, PORTS[service], dropped), 0) for service in services}
 
 
-def settled_count(mesh: Deployed, destination: str, *, dropped: bool = True) -> int:
-    """The count once it stands still: the controller may answer from what it asked the agents two seconds ago."""
-    last = -1
-    while (now := count(mesh, destination, dropped=dropped)) != last:
+def settled_counts(mesh: Deployed, *services: str, dropped: bool = True) -> dict[str, int]:
+    """The counts once they stand still: the controller may answer from what it asked the agents two seconds ago."""
+    last: dict[str, int] = {}
+    while (now := counts(mesh, *services, dropped=dropped)) != last:
         last = now
         time.sleep(2.5)
     return now
@@ -76,26 +78,24 @@ def labelled(mesh: Deployed, service: str, *labels: str) -> Iterator[None]:
         mesh.wait_ready(90)
 
 
-def assert_named(mesh: Deployed, spy: Task, service: str) -> None:
-    """Attempts at the service's task are listed with the names of both services and the count of the kernel."""
-    (source,), port = mesh.addresses(spy), PORTS[service]
-    task, address = target(mesh, service)
-    before, packets = settled_count(mesh, service), noted(mesh, task, source, port)
-    for _ in range(3):
-        assert not reaches(mesh, spy, address, port)
-    more = noted(mesh, task, source, port) - packets
-    assert more >= 3
-    wait_for(f"{more} denials of {service}", lambda: count(mesh, service) == before + more, 30, 1.0)
-    found = denials(mesh, service, dropped=True)
-    assert found is not None
-    assert (found["protocol"], found["reasons"]) == ("tcp", ["no_link"])
-
-
 def test_denials_name_who_tried_and_how_often(mesh: Deployed) -> None:
     """Spy's attempts at tasks of api and db are listed by service, with the kernel's own count."""
     spy = mesh.tasks(SPY)[0]
-    for service in (API, DB):
-        assert_named(mesh, spy, service)
+    (source,) = mesh.addresses(spy)
+    targets = {service: target(mesh, service) for service in (API, DB)}
+    before = settled_counts(mesh, *targets)
+    packets = {service: noted(mesh, task, source, PORTS[service]) for service, (task, _) in targets.items()}
+    for service, (_, address) in targets.items():
+        for _ in range(3):
+            assert not reaches(mesh, spy, address, PORTS[service])
+    more = {s: noted(mesh, task, source, PORTS[s]) - packets[s] for s, (task, _) in targets.items()}
+    assert min(more.values()) >= 3
+    expected = {service: before[service] + more[service] for service in targets}
+    wait_for(f"{more} more denials", lambda: counts(mesh, *targets) == expected, 30, 1.0)
+    for service in targets:
+        found = denials(mesh, service, dropped=True)
+        assert found is not None
+        assert (found["protocol"], found["reasons"]) == ("tcp", ["no_link"])
     assert "demo_spy -> demo_" in mesh.cli("status")
     print(mesh.cli("status"), mesh.cli("denials", "--since", "5m"), sep="\n")
 
@@ -106,10 +106,10 @@ def test_observe_lets_pass_and_lists(mesh: Deployed) -> None:
     _, address = target(mesh, DB)
     with labelled(mesh, DB, "hivewire.mode=observe"):
         wait_for("spy reaches db", lambda: reaches(mesh, spy, address, PORTS[DB]), 60)
-        before = settled_count(mesh, DB, dropped=False)
+        before = settled_counts(mesh, DB, dropped=False)[DB]
         for _ in range(2):
             assert reaches(mesh, spy, address, PORTS[DB])
-        wait_for("both are listed", lambda: count(mesh, DB, dropped=False) == before + 2, 30, 1.0)
+        wait_for("both are listed", lambda: counts(mesh, DB, dropped=False)[DB] == before + 2, 30, 1.0)
         seen = mesh.ask("suggest", "-s", DEMO)["attempts"]
         assert any((it["source"], it["destination"], it["passes"]) == (SPY, DB, True) for it in seen)
     wait_for("db is closed again", lambda: not reaches(mesh, spy, address, PORTS[DB]), 60)
@@ -134,11 +134,11 @@ def test_suggested_labels_stop_the_denials(mesh: Deployed) -> None:
             wait_for(f"spy reaches {service}", lambda a=address, s=service: reaches(mesh, spy, a, PORTS[s]), 60)
         mesh.wait_ready(60)
         assert mesh.ask("check")["success"]
-        before = {service: settled_count(mesh, service) for service in targets}
+        before = settled_counts(mesh, *targets)
         for service, address in targets.items():
             assert reaches(mesh, spy, address, PORTS[service])
             assert reaches(mesh, spy, service.removeprefix("demo_"), PORTS[service])
-        assert {service: settled_count(mesh, service) for service in targets} == before
+        assert settled_counts(mesh, *targets) == before
     finally:
         labels = [it["label"] for it in suggested["labels"] if it["service"] == SPY]
         mesh.update(SPY, *(word for label in labels for word in ("--label-rm", label)))
