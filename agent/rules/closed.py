@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from agent.rules.render import TABLE, WIREGUARD, WayOut, aside
+from agent.rules.render import TABLE, WIREGUARD, WayOut, answers, aside
 
 _PREFIX: Final = "closed-"
 
@@ -26,7 +26,11 @@ class Closed:
 def closed(overlay_interfaces: Iterable[str], way_out: WayOut | None = None) -> Closed:
     """``overlay_interfaces``: all of them, ingress included."""
     names = ", ".join(f'"{name}"' for name in sorted({WIREGUARD, *overlay_interfaces}))
-    sideways_in, sideways_out = ("".join(f"\n\t\t{match} counter drop" for match in way) for way in aside(way_out))
+    ways = zip(("iifname", "oifname"), aside(way_out), strict=True)
+    sideways_in, sideways_out = (
+        "".join(f"\n\t\t{rule}" for rule in (*answers(way_out, name), *(f"{match} counter drop" for match in matches)))
+        for name, matches in ways
+    )
     body = f"""\
 \tchain input {{
 \t\ttype filter hook input priority 0; policy accept;

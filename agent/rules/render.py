@@ -149,6 +149,7 @@ def _chains(rules: RuleSet) -> Iterator[str]:
         [
             f'iifname "{WIREGUARD}" jump from_peers',
             *([f"iifname {overlay} jump from_overlay"] if rules.overlay_interfaces else []),
+            *(answers(rules.way_out, "iifname") if enforce else ()),
             *(f"{match} {only_new}{goto(_NO_LINK_IN)}" for match in sideways_in),
         ],
     )
@@ -158,6 +159,7 @@ def _chains(rules: RuleSet) -> Iterator[str]:
         [
             *unserved,
             *([f"oifname {overlay} jump to_overlay"] if rules.overlay_interfaces else []),
+            *(answers(rules.way_out, "oifname") if enforce else ()),
             *(f"{match} {only_new}{goto(_NO_LINK_OUT)}" for match in sideways_out),
         ],
     )
@@ -250,7 +252,8 @@ def aside(way_out: WayOut | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What tells a packet from or to another task on docker_gwbridge: coming in and going out.
 
     Coming in it is what the bridge did not send, IPv6 included. Going out, groups are everybody; of those what the
-    kernel itself says is left alone.
+    kernel itself says is left alone. Answers are none of it: where a published port of this node is asked for by a task
+    of this node, the node translates addresses, and the two ends then talk past it.
     """
     if way_out is None:
         return (), ()
@@ -260,6 +263,13 @@ def aside(way_out: WayOut | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
         f"{to} ip daddr {others} ip daddr != {gateway.ip} ip protocol != igmp",
         f"{to} ip6 daddr {{ fe80::/10, ff00::/8 }} meta l4proto != ipv6-icmp",
     )
+
+
+def answers(way_out: WayOut | None, interface: str) -> tuple[str, ...]:
+    """On docker_gwbridge, in a connection that the other side opened or was asked for."""
+    if way_out is None:
+        return ()
+    return (f'{interface} "{way_out.interface}" ct state established ct direction reply accept',)
 
 
 def _groups(sources: Iterable[Source]) -> list[tuple[tuple[IPv4Address, ...], tuple[Source, ...]]]:

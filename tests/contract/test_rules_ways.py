@@ -255,6 +255,23 @@ def test_the_node_stays_reachable_over_the_way_out(pair: Pair) -> None:
             from_gateway.close()
 
 
+def test_published_ports_of_the_node_answer_its_own_tasks(pair: Pair) -> None:
+    """The node translates the address of such a port, and the ends then answer each other past it: both ways pass."""
+    pair.ip(pair.other, "address", "add", "203.0.113.9/32", "dev", "lo")
+    pair.ip(pair.task, "route", "add", "default", "via", GATEWAY)
+    # What the task sends by way of the node comes to its neighbour, who answers by itself.
+    pair.ip(pair.task, "neighbour", "add", GATEWAY, "lladdr", NEIGHBOUR_MAC, "dev", WAY_OUT)
+    for text in (render(ENFORCE)[0], closed([OVERLAY], ENFORCE.way_out).text):
+        pair.set_text(text)
+        with run_in(pair.other, lambda: socket.create_server(("203.0.113.9", 8080))):
+            pair.connect(pair.task, ("203.0.113.9", 8080), HERE[WAY_OUT]).close()
+    # And the other way: a neighbour's question comes from the node, and is answered to the neighbour.
+    pair.ip(pair.task, "neighbour", "flush", "dev", WAY_OUT)
+    pair.ip(pair.other, "link", "set", WAY_OUT, "address", NODE_MAC)
+    with run_in(pair.task, lambda: socket.create_server((HERE[WAY_OUT], 8081))):
+        pair.connect(pair.other, (HERE[WAY_OUT], 8081), THERE[WAY_OUT]).close()
+
+
 def test_a_service_of_many_links_judges_each_as_if_it_were_the_only_one(pair: Pair) -> None:
     """Among hundreds of sources and VIPs, each packet meets the rules of its own source, and a fixed number of them."""
     many = tuple(
