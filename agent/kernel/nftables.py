@@ -24,8 +24,8 @@ from hivewire.errors import KernelBusy, NoWireGuard
 
 TABLE: Final = "hivewire"
 _FAMILIES: Final = {"ip": 2, "inet": 1}
-"""Of a task's table, as nft and as the kernel call them (NFPROTO_IPV4, NFPROTO_INET in linux/netfilter.h). Two, since an
-older version may have used the other one."""
+"""Of a task's table, as nft and as the kernel call them (NFPROTO_IPV4, NFPROTO_INET in linux/netfilter.h). Two:
+an older version may have used the other one."""
 
 ALTERED: Final = "altered"
 """In the place of a digest: there is a table, and it does not hold what its comment says."""
