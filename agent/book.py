@@ -78,7 +78,17 @@ class Book:
     def doubts(self) -> tuple[Doubt, ...]:
         """What is not believed now, by key."""
         with self._lock:
-            return tuple(Doubt(key=key, reason=str(error)) for key, error in sorted(self.unreadable.items()))
+            return tuple(
+                Doubt(key=key, reason=str(error), seen=self._seen.generation(key) if _is_replay(error) else 0)
+                for key, error in sorted(self.unreadable.items())
+            )
+
+    def is_in_doubt(self, prefix: str) -> bool:
+        """Whether below a folder something is not believed of which no good record is known: it is no absence."""
+        with self._lock:
+            return any(
+                key.startswith(prefix) and self._decoded.get(key, (b"", None))[1] is None for key in self.unreadable
+            )
 
     def is_complete(self, prefix: str) -> bool:
         """Whether the prefix was listed as a whole: what is missing here then was missing there."""
@@ -153,6 +163,10 @@ class Book:
         self._missing_since.pop(key, None)
         self.unreadable.pop(key, None)
         self._decoded.pop(key, None)
+
+
+def _is_replay(error: HivewireError) -> bool:
+    return isinstance(error, UnverifiedRecord) and error.cause == "replay"
 
 
 def _folder(key: str) -> str:

@@ -16,7 +16,7 @@ from hivewire.store.api import LeaseId, Put, Store
 #: Seconds after which a silent agent counts as gone. Its tasks' links go on: only ``nodes/`` tells of it.
 LEASE_S: Final = 15
 KEEPALIVE_S: Final = 5.0
-_MOST_DOUBTS: Final = 20
+_MOST_DOUBTS: Final = 100
 _LONGEST: Final = 300
 
 
@@ -35,15 +35,13 @@ class NodePresence:
         measure: Measure,
         on_change: Callable[[], None],
         *,
-        seen: Callable[[], int] = int,
         doubts: Callable[[], Sequence[Doubt]] = tuple,
     ) -> None:
-        """``seen`` and ``doubts`` give what the record says of the records that the agent reads."""
+        """``doubts`` are what the agent does not believe of what it reads."""
         self._store = store
         self._signatures = signatures
         self._measure = measure
         self._on_change = on_change
-        self._seen = seen
         self._doubts = doubts
         self._log = logs.get()
         self._lease: LeaseId | None = None
@@ -73,18 +71,10 @@ class NodePresence:
             self._lease = self._store.grant_lease(LEASE_S)
         else:
             self._store.keepalive(self._lease)
-        doubts = tuple(
-            Doubt(key=it.key[:_LONGEST], reason=it.reason[:_LONGEST]) for it in self._doubts()[:_MOST_DOUBTS]
-        )
-        self.record = msgspec.structs.replace(self.record, doubts=doubts)
+        self.record = msgspec.structs.replace(self.record, doubts=_short(self._doubts()))
         stored = self._stored
-        # What was seen meanwhile is no reason to write; the store that has forgotten it has forgotten this record too.
-        if (
-            stored is None
-            or msgspec.structs.replace(stored.record, seen=0) != self.record
-            or self._signatures.is_worn(stored)
-        ):
-            record, key = msgspec.structs.replace(self.record, seen=self._seen()), node_key(self.record.node)
+        if stored is None or stored.record != self.record or self._signatures.is_worn(stored):
+            record, key = self.record, node_key(self.record.node)
             value = self._signatures.sign(record)
             self._store.txn((), (Put(key, value, self._lease),))
             self._stored = self._signatures.verify(NodeRecord, key, value)
@@ -103,6 +93,12 @@ class NodePresence:
                 self._store.revoke(self._lease)
             except HivewireError as error:
                 self._log.debug("node.unrevoked", error=str(error))
+
+
+def _short(doubts: Sequence[Doubt]) -> tuple[Doubt, ...]:
+    """What a record has room for; those first that a manager can put right."""
+    first = sorted(doubts, key=lambda it: (it.seen == 0, it.key))[:_MOST_DOUBTS]
+    return tuple(Doubt(key=it.key[:_LONGEST], reason=it.reason[:_LONGEST], seen=it.seen) for it in first)
 
 
 def underlay_address(setting: str, swarm_address: str) -> Address:

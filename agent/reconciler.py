@@ -237,7 +237,7 @@ class TaskReconciler:
                 new_key=PrivateKey.generate(),
                 node=node,
                 now=self._now(),
-                prune=settled,
+                prune=settled and not any(self._book.is_in_doubt(peers_prefix(it)) for it in policy.linked_services),
                 turn=self._turn(local, desired, observed.interface),
             )
             if ops:

@@ -80,11 +80,11 @@ class Seen:
                 del self._entries[key]
                 self._execute("delete from seen where key = ?", (key,))
 
-    @property
-    def newest(self) -> int:
-        """The highest generation of all that was seen."""
+    def generation(self, key: str) -> int:
+        """The one that was seen last; 0: none."""
         with self._lock:
-            return max((entry.generation for entry in self._entries.values()), default=0)
+            entry = self._entries.get(key)
+            return 0 if entry is None else entry.generation
 
     def values(self) -> dict[str, bytes]:
         """The records that were kept whole, by key."""

@@ -68,7 +68,6 @@ def run(settings: AgentSettings) -> bool:
         record,
         kernel.underlay,
         lambda: queue_all(reconciler),
-        seen=lambda: seen.newest,
         doubts=lambda: (*book.doubts(), *guard_book.doubts()),
     )
     reconciler = TaskReconciler(

@@ -53,7 +53,7 @@ class Known(Generic[R]):
         # Of keys that are gone too: what was deleted does not come back as it was.
         self._generations: dict[str, int] = {}
         self._filed: dict[Word, set[str]] = defaultdict(set)
-        self._anew_until = -1
+        self._wanted: Mapping[str, int] = {}
         self.is_complete = False
         """Whether the store was read at least once."""
 
@@ -80,10 +80,16 @@ class Known(Generic[R]):
                 self._unfile(key)
                 self._take(key, value)
 
-    def write_anew(self, until: int) -> None:
-        """Count what has this generation or a lower one as to be written anew: readers have seen newer ones."""
+    def write_anew(self, wanted: Mapping[str, int]) -> None:
+        """Count these as to be written anew until they have a higher generation: readers have seen newer ones."""
         with self._lock:
-            self._anew_until = max(self._anew_until, until)
+            self._wanted = wanted
+
+    def is_older(self, key: str, generation: int) -> bool:
+        """Whether there is a good record below the key, of a lower generation."""
+        with self._lock:
+            signed = self._records.get(key)
+            return signed is not None and signed.generation < generation
 
     def record(self, key: str) -> R | None:
         with self._lock:
@@ -117,7 +123,7 @@ class Known(Generic[R]):
 
     def _sound(self, key: str) -> R | None:
         signed = self._records.get(key)
-        if signed is None or key in self._refused or signed.generation <= self._anew_until:
+        if signed is None or key in self._refused or signed.generation <= self._wanted.get(key, -1):
             return None
         return None if self._signatures.is_worn(signed) else signed.record
 

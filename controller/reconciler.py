@@ -65,7 +65,7 @@ from hivewire.records import (
     split_key,
     status_key,
 )
-from hivewire.signed import Signatures
+from hivewire.signed import Signatures, Signed
 from hivewire.store.api import Delete, KeyValue, Put, Store
 from hivewire.store.mirror import Mirror
 from hivewire.store.writer import Writer
@@ -88,6 +88,8 @@ FLOOD_WAIT_S: Final = 5.0
 EVERY_STATE: Final = frozenset[str]()
 #: An empty store counts as filled when all running tasks have claimed, or after this time.
 FILL_LONGEST_S: Final = 60.0
+#: So long agents have, after the store was set back, to claim what is true now.
+CORRECT_CLAIMS_S: Final = 10.0
 DAY_MS: Final = 24 * 3600 * 1000
 
 
@@ -164,7 +166,9 @@ class MeshReconciler:
         self._guards = Known(GuardRecord, GUARDS, self._writer, signatures)
         self._statuses = Known(StatusRecord, STATUS, self._writer, signatures)
         self._quarantines = Known(QuarantineRecord, QUARANTINES, self._writer, signatures)
-        self._anew_until = -1
+        # By key, the generation that an agent has seen where the store holds an older one.
+        self._wanted: dict[str, int] = {}
+        self._peers_wait_until: float | None = None
         self._lost_quarantines: dict[str, QuarantineRecord] = {}
         self._known: dict[str, Known[Any]] = {
             NODES: self._agents,
@@ -210,7 +214,7 @@ class MeshReconciler:
                 waiting = sorted({r.task for r in self._refused.values() if r.node in nodes})
             for task in waiting:
                 self._queue.add(Claim(task))
-            if self._newest_seen() > self._signatures.newest:
+            if any(agent.doubts for agent in self._alive_agents().values()):
                 self._queue.add(AllTasks())
         elif prefix in (POLICIES, GUARDS, MESH_KEY) and changed_keys:
             self._queue.add(WholeMesh())
@@ -283,6 +287,7 @@ class MeshReconciler:
         if not (all(known.is_complete for known in read) and self.mirror.synced(MESH_KEY)):
             self._queue.add_after(WholeMesh(), 0.1)
             return
+        self._write_anew()
         snapshot = self._ask(self._swarm.snapshot)
         self.on_nodes(snapshot.nodes)
         with self._lock:
@@ -353,7 +358,7 @@ class MeshReconciler:
         """Whether every running task of the mesh has claimed, and is a peer or refused."""
         with self._lock:
             compiled, tasks = self._compiled, list(self._tasks.values())
-            if compiled is None or not self._all_tasks_read:
+            if compiled is None or not self._all_tasks_read or self._is_correcting():
                 return False
             refused = {r.task for r in self._refused.values()}
         meshed = [t for t in tasks if t.service in compiled.policies and not self._why_shut_out(t)]
@@ -362,11 +367,15 @@ class MeshReconciler:
         peers = {p.task for p in self._peers.records().values()}
         return wanted <= claimed and wanted <= peers | refused
 
+    def _is_correcting(self) -> bool:
+        """Whether agents are still to claim what is true since the store was set back."""
+        return self._peers_wait_until is not None and self._monotonic() < self._peers_wait_until
+
     def _judge_all(self) -> None:
         if not self._is_ready():
             self._queue.add_after(AllTasks(), 0.1)
             return
-        self._catch_up()
+        self._write_anew()
         tasks = {task.id: task for task in self._ask(self._swarm.tasks)}
         claims = self._claims.records()
         claimed = {_task_of(key) for key in claims}
@@ -380,27 +389,40 @@ class MeshReconciler:
         if self._monotonic() - nodes_changed_at < FOLLOW_NODES_S:
             self._queue.add_after(AllTasks(), 1.0)
 
-    def _newest_seen(self) -> int:
-        """The highest generation of a manager's record that an agent says it has seen. One that no clock has reached is
-        no manager's: a node could otherwise use the numbers up.
+    def _write_anew(self) -> None:
+        """Let what an agent does not believe, because it has seen a newer one, be signed anew where it still holds: the
+        store is an older state of itself, such as a backup. Not quarantines: they are a person's word, which may have
+        been another one since, and agents keep the one they know.
         """
-        reached = self._signatures.reached
-        return max((it.seen for it in self._alive_agents().values() if it.seen <= reached), default=0)
-
-    def _catch_up(self) -> None:
-        """Where agents have seen newer records than there are, the store is an older state of itself: a backup. They do
-        not believe what is in it, so what still holds is signed anew. Quarantines are a person's word, which may have
-        been another one since: agents keep the one they know.
-        """
-        seen = self._newest_seen()
-        if seen <= self._signatures.newest:
+        if not self._leadership().is_leader:
             return
-        self._log.warning("store.rolled_back", generation=seen, newest=self._signatures.newest)
-        self._signatures.outrun(seen)
-        self._anew_until = seen
+        now, reached = self._monotonic(), self._signatures.reached
+        for agent in self._alive_agents().values():
+            wanted = {it.key: it.seen for it in agent.doubts if 0 < it.seen <= reached}
+            old = {key: seen for key, seen in wanted.items() if self._is_older(key, seen)}
+            if not old or not self._budget.spend((agent.node, "doubts"), len(old)):
+                continue
+            if self._peers_wait_until is None:
+                self._log.warning("store.rolled_back", node=agent.node, records=len(old), example=min(old))
+                # Claims are from then as well. Agents that have their policies again correct them first, and only
+                # then is anybody told which keys they were.
+                self._peers_wait_until = now + CORRECT_CLAIMS_S
+                self._queue.add_after(AllTasks(), CORRECT_CLAIMS_S)
+                # What the backup lacks is no absence: as with an empty store nobody removes anything meanwhile.
+                mesh = self._signed_mesh()
+                self._wanted[MESH_KEY] = 0 if mesh is None else mesh.generation
+                self._queue.add(WholeMesh())
+            self._signatures.outrun(max(old.values()))
+            self._wanted |= {key: seen for key, seen in old.items() if not key.startswith(PEERS)}
+            if now >= self._peers_wait_until:
+                self._wanted |= old
         for known in (self._policies, self._guards, self._peers):
-            known.write_anew(seen)
-        self._queue.add(WholeMesh())
+            known.write_anew({key: seen for key, seen in self._wanted.items() if key.startswith(known.prefix)})
+
+    def _is_older(self, key: str, seen: int) -> bool:
+        if key == MESH_KEY:
+            return self._wanted.get(key, 0) < seen
+        return any(known.is_older(key, seen) for known in (self._policies, self._guards, self._peers))
 
     def _service_tasks(self, service: ServiceId) -> None:
         if not self._is_ready():
@@ -565,13 +587,18 @@ class MeshReconciler:
 
     def _stored_mesh(self) -> MeshRecord | None:
         """None where there is none, or none that can be read: it is written again. Raises RecordTooNew."""
+        signed = self._signed_mesh()
+        if signed is None or signed.generation <= self._wanted.get(MESH_KEY, -1) or self._signatures.is_worn(signed):
+            return None
+        return signed.record
+
+    def _signed_mesh(self) -> Signed[MeshRecord] | None:
+        """Raises RecordTooNew."""
         value = self._writer.get(MESH_KEY, MESH_KEY)
         try:
-            signed = None if value is None else self._signatures.verify(MeshRecord, MESH_KEY, value)
+            return None if value is None else self._signatures.verify(MeshRecord, MESH_KEY, value)
         except InvalidRecord:
             return None
-        is_sound = signed is not None and signed.generation > self._anew_until and not self._signatures.is_worn(signed)
-        return signed.record if signed is not None and is_sound else None
 
     # What it shows.
 

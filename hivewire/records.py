@@ -140,6 +140,8 @@ class Doubt(Record, frozen=True, kw_only=True):
 
     key: str
     reason: str
+    seen: int = 0
+    """The generation that the reader has seen, where the record is not believed for being older."""
 
 
 class NodeRecord(Record, frozen=True, kw_only=True):
@@ -156,8 +158,6 @@ class NodeRecord(Record, frozen=True, kw_only=True):
     last_port: int
     report_port: int = 0
     """Where the agent answers the controller's questions over mTLS; 0: nowhere."""
-    seen: int = 0
-    """The highest generation of a manager's record that this node has ever seen, as of when this was written."""
     doubts: tuple[Doubt, ...] = ()
     """What the agent does not believe now; some of it, where it is a lot."""
 

@@ -91,11 +91,6 @@ class Signatures(Protocol):
         ...
 
     @property
-    def newest(self) -> int:
-        """The highest generation of a manager's record that was signed or verified here."""
-        ...
-
-    @property
     def reached(self) -> int:
         """The highest generation that a clock which is right may have given."""
         ...
@@ -185,11 +180,6 @@ class SwarmSignatures:
             return signed.signer.fingerprint != fingerprint
         half = signed.signer.valid_from + (signed.signer.valid_until - signed.signer.valid_from) / 2
         return self._now() > half and mine.expires > signed.signer.valid_until
-
-    @property
-    def newest(self) -> int:
-        with self._lock:
-            return self._generation
 
     @property
     def reached(self) -> int:

@@ -30,10 +30,6 @@ class Unsigned:
         return False
 
     @property
-    def newest(self) -> int:
-        return 0
-
-    @property
     def reached(self) -> int:
         return 0
 
