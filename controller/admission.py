@@ -24,6 +24,8 @@ class Evidence:
     """The node it names; None: not in the Swarm."""
     agent: NodeRecord | None = None
     """What that node's agent registered; None: no agent is alive there."""
+    last_ports: tuple[int, int] | None = None
+    """The first and the last port that the node's agent registered last, alive or not; None: never."""
     neighbour: Node | None = None
     """Another node that has the address of the claim's endpoint: in the Swarm, or by its agent's word where the address
     is not the one that this node has in the Swarm."""
@@ -98,8 +100,9 @@ def _wrong_endpoint(claim: ClaimRecord, evidence: Evidence) -> Refused | None:
         return Refused(f"its endpoint {endpoint} is no address of node {node.hostname}")
     if endpoint.port == 0:
         return Refused(f"its endpoint {endpoint} has no port")
-    if agent is not None and not agent.first_port <= endpoint.port <= agent.last_port:
-        return Refused(f"its port {endpoint.port} is outside {agent.first_port}-{agent.last_port}")
+    ports = (agent.first_port, agent.last_port) if agent is not None else evidence.last_ports
+    if ports is not None and not ports[0] <= endpoint.port <= ports[1]:
+        return Refused(f"its port {endpoint.port} is outside {ports[0]}-{ports[1]}")
     return None
 
 

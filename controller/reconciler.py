@@ -153,6 +153,7 @@ class MeshReconciler:
         self._all_tasks_read = False
         # Epoch and key of the claim that was admitted last, of every task that there is or that somebody claims.
         self._last: dict[TaskId, tuple[int, str]] = {}
+        self._ports: dict[NodeId, tuple[int, int]] = {}
         self._budget = Budget(monotonic=monotonic)
         self._swarm_error = ""
         self.on_nodes: Callable[[Mapping[NodeId, Node]], None] = lambda _: None
@@ -295,7 +296,10 @@ class MeshReconciler:
         # A wiped store has forgotten the last good labels; we have not.
         previous = dict(before.policies) if before else {}
         previous |= {p.service: p for p in self._policies.records().values()}
-        agents = frozenset(self._alive_agents())
+        alive = self._alive_agents()
+        known = {node: ports for node, ports in self._ports.items() if node in snapshot.nodes}
+        self._ports = known | {node: (it.first_port, it.last_port) for node, it in alive.items()}
+        agents = frozenset(alive)
         compiled = compile_mesh(snapshot, previous, self._defaults, agents)
         shut_out = frozenset(
             ServiceId(q.id)
@@ -500,6 +504,7 @@ class MeshReconciler:
             neighbour=min((it for it in neighbours if it.id != claim.node), key=lambda it: it.id, default=None),
             key_owner=min(holders, default=owners.get(claim.public_key)),
             admitted=admitted,
+            last_ports=self._ports.get(claim.node),
             last_epoch=last[0],
             last_key=last[1],
             quarantine=self._why_shut_out(claim),

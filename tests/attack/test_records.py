@@ -1,7 +1,5 @@
 """Whoever writes to the store, in process: more than ten thousand mutated records, replays, and backups put back."""
 
-import base64
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -11,47 +9,28 @@ from typing import Any
 import msgspec
 import pytest
 
-from hivewire.errors import InvalidRecord, RecordTooNew
+from hivewire.errors import InvalidRecord
 from hivewire.identity import MANAGER
 from hivewire.records import (
-    CLAIMS,
     GUARDS,
     LEADER_KEY,
     MESH_KEY,
-    NODES,
     PEERS,
     POLICIES,
-    QUARANTINES,
-    STATUS,
-    ClaimRecord,
     Doubt,
-    GuardRecord,
-    MeshRecord,
-    NodeRecord,
-    PeerRecord,
-    PolicyRecord,
     QuarantineKind,
     QuarantineRecord,
-    Record,
-    StatusRecord,
     key_of,
     policy_key,
 )
 from hivewire.signed import Managers, SwarmSignatures
 from tests.attack.ledger import Ledger
+from tests.attack.mutations import Mutations, decoded, encoded, kind_of
 from tests.attack.world import World
 from tests.unit.hivewire.swarm_pki import SwarmCa
 
 #: How many mutated records go through the readers; the seed of a failing run is printed.
 MUTATED = 10_000
-KINDS: dict[str, type[Record]] = {
-    MESH_KEY: MeshRecord, NODES: NodeRecord, CLAIMS: ClaimRecord, STATUS: StatusRecord, PEERS: PeerRecord,
-    POLICIES: PolicyRecord, GUARDS: GuardRecord, QUARANTINES: QuarantineRecord,
-}  # fmt: skip
-
-
-def kind_of(key: str) -> type[Record]:
-    return next(kind for prefix, kind in KINDS.items() if key.startswith(prefix))
 
 
 @pytest.fixture
@@ -68,118 +47,22 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-class Mutations:
-    """Of signed records: cut, lengthened, bits changed, parts and headers swapped or nonsense, other signers."""
-
-    def __init__(self, world: World, seed: int) -> None:
-        self._random = random.Random(seed)  # noqa: S311  the seed of a failure is said, to do it again
-        self._good = {key: value for key, value in world.stored().items() if key != LEADER_KEY}
-        stranger = SwarmCa("other-ca").source(world.folder / "stranger", world.manager, MANAGER)
-        self._signers = {
-            "another Swarm's manager": SwarmSignatures(stranger, Managers(lambda: frozenset({world.manager}))),
-            "a worker": world.agents[world.workers[0]].signatures,
-            "a manager's agent": world.agents[world.manager].signatures,
-        }
-        self._reading = world.signing
-        self.made: Counter[str] = Counter()
-
-    def one(self) -> tuple[str, bytes]:
-        key = self._random.choice(sorted(self._good))
-        ways = {
-            "cut": self._cut, "lengthened": self._lengthened, "bits changed": self._flipped,
-            "parts swapped": self._mixed, "header changed": self._header, "payload changed": self._payload,
-            "moved": self._moved, "no JWS": self._nonsense, "other signer": self._resigned,
-            "signature changed": self._signature,
-        }  # fmt: skip
-        name = self._random.choice(sorted(ways))
-        self.made[name] += 1
-        return key, ways[name](key)
-
-    def _cut(self, key: str) -> bytes:
-        value = self._good[key]
-        return value[: self._random.randrange(len(value))]
-
-    def _lengthened(self, key: str) -> bytes:
-        value, junk = self._good[key], self._random.randbytes(self._random.choice((1, 3, 100, 70_000)))
-        at = self._random.randrange(len(value) + 1)
-        return value[:at] + self._random.choice((junk, junk.hex().encode(), value)) + value[at:]
-
-    def _flipped(self, key: str) -> bytes:
-        value = bytearray(self._good[key])
-        for _ in range(self._random.choice((1, 1, 2, 20))):
-            value[self._random.randrange(len(value))] ^= 1 << self._random.randrange(8)
-        return bytes(value)
-
-    def _mixed(self, key: str) -> bytes:
-        parts = self._good[key].split(b".")
-        other = self._good[self._random.choice(sorted(self._good))].split(b".")
-        return b".".join(self._random.choice(pair) for pair in zip(parts, other, strict=True))
-
-    def _header(self, key: str) -> bytes:
-        header, payload, signature = self._good[key].split(b".")
-        words = json.loads(_decoded(header))
-        name = self._random.choice((*words, "jwk", "kid", "crit", "b64", "zip"))
-        words[name] = self._random.choice(
-            ("none", "HS256", "", None, 0, -1, 1 << 63, 1 << 70, [], {}, [[]], "x" * 5000, ["x"] * 9, words.get("x5c"))
-        )
-        if self._random.random() < 0.1:
-            words = self._random.choice(([], "x", 1, {}, {"alg": "none"}))
-        return b".".join((_encoded(json.dumps(words).encode()), payload, signature))
-
-    def _payload(self, key: str) -> bytes:
-        header, payload, signature = self._good[key].split(b".")
-        words = json.loads(_decoded(payload))
-        words[self._random.choice(sorted(words))] = self._random.choice(("", None, 1, [], {}, "off", "x" * 100))
-        deep = b"[" * 20_000
-        return b".".join((header, _encoded(self._random.choice((json.dumps(words).encode(), deep))), signature))
-
-    def _moved(self, key: str) -> bytes:
-        return self._good[self._random.choice([other for other in sorted(self._good) if other != key])]
-
-    def _nonsense(self, key: str) -> bytes:
-        payload = _decoded(self._good[key].split(b".")[1])
-        return self._random.choice(
-            (b"", b"..", b"a.b.c", payload, self._random.randbytes(50), b"{" * 5000, b"\xff" * 9)
-        )
-
-    def _resigned(self, key: str) -> bytes:
-        """The same record, or one that opens more, by somebody who may not sign it."""
-        record = self._reading.verify(kind_of(key), key, self._good[key]).record
-        names = sorted(name for name, it in self._signers.items() if not self._may(name, key))
-        return self._signers[self._random.choice(names)].sign(record)
-
-    def _may(self, name: str, key: str) -> bool:
-        try:
-            signer = self._signers[name]
-            self._reading.verify(
-                kind_of(key), key, signer.sign(self._reading.verify(kind_of(key), key, self._good[key]).record)
-            )
-        except (InvalidRecord, RecordTooNew):
-            return False
-        return True
-
-    def _signature(self, key: str) -> bytes:
-        header, payload, signature = self._good[key].split(b".")
-        raw = _decoded(signature)
-        changed = self._random.choice(
-            (raw[:32] * 2, raw[32:] + raw[:32], bytes(64), b"\xff" * 64, raw + b"\0", b"", raw[:63])
-        )
-        return b".".join((header, payload, _encoded(changed)))
-
-
-def _decoded(part: bytes) -> bytes:
-    return base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
-
-
-def _encoded(raw: bytes) -> bytes:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=")
+def forgers(world: World) -> tuple[dict[str, bytes], dict[str, SwarmSignatures], SwarmSignatures]:
+    """What is stored, who signs what they may not, and who reads."""
+    stranger = SwarmCa("other-ca").source(world.folder / "stranger", world.manager, MANAGER)
+    signers = {
+        "another Swarm's manager": SwarmSignatures(stranger, Managers(lambda: frozenset({world.manager}))),
+        "a worker": world.agents[world.workers[0]].signatures,
+        "a manager's agent": world.agents[world.manager].signatures,
+    }
+    return {key: value for key, value in world.stored().items() if key != LEADER_KEY}, signers, world.signing
 
 
 def test_ten_thousand_mutated_records_change_no_kernel(world: World, ledger: Ledger) -> None:
     """Written into the store while controller and agents run: none stops, and no peer, route or rule changes."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
-    mutations, before = Mutations(world, seed), world.kernels()
+    mutations, before = Mutations(*forgers(world), seed), world.kernels()
     good = world.stored()
     for number in range(1, MUTATED + 1):
         key, value = mutations.one()
@@ -224,9 +107,9 @@ def test_a_malleable_signature_is_the_same_record(world: World) -> None:
         if key == LEADER_KEY:
             continue
         header, payload, signature = value.split(b".")
-        raw = _decoded(signature)
+        raw = decoded(signature)
         other = raw[:32] + (order - int.from_bytes(raw[32:], "big")).to_bytes(32, "big")
-        world.store.put(key, b".".join((header, payload, _encoded(other))))
+        world.store.put(key, b".".join((header, payload, encoded(other))))
     world.settle(10)
     assert world.kernels() == before
 
