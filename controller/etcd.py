@@ -1,13 +1,15 @@
 """Runs etcd on a manager with the node's own Swarm certificate: mTLS without a key or certificate made by hand.
 
 A stack file cannot tell a service its node's address, so this asks the engine and then becomes etcd. Go's TLS accepts
-the headers in a manager's key file, and etcd reads the files anew for each connection, so renewals need nothing.
+the headers in a manager's key file, and etcd reads certificate and key anew for each connection, so renewals need
+nothing. The roots that it trusts it reads once, though: a copy of them lies beside its data, and its health check
+compares that with the node's file, so that it starts again when the Swarm's CA has changed.
 """
 
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from pydantic import Field
 
@@ -16,6 +18,8 @@ from hivewire import identity
 from hivewire.errors import HivewireError, InvalidSettings
 from hivewire.process import harden
 from hivewire.settings import ETCD_PORT, CommonSettings, load
+
+ROOTS_IN_USE: Final = "roots.pem"
 
 
 class EtcdServerSettings(CommonSettings):
@@ -73,7 +77,19 @@ def run() -> NoReturn:
         raise InvalidSettings("etcd runs on managers: its certificate must name swarm-manager, this node's does not")
     info = SwarmClient(settings.docker_socket).info()
     command = arguments(settings, info.hostname, info.address)
+    _note_roots(settings)
     os.execvp(command[0], command)
+
+
+def _note_roots(settings: EtcdServerSettings) -> None:
+    """Raises InvalidSettings where the folder of the data cannot be written to."""
+    copy = settings.etcd_data / ROOTS_IN_USE
+    try:
+        copy.write_bytes(settings.identity_files.roots.read_bytes())
+    except OSError as error:
+        raise InvalidSettings(
+            f"{copy} cannot be written: {error.strerror}; HIVEWIRE_ETCD_DATA is its folder"
+        ) from error
 
 
 def main() -> None:

@@ -1,0 +1,150 @@
+"""Who was shut out stays out: a removed node, an ended task, a link that was taken back; through a backup of etcd that is
+older than all that, and everything started again upon it.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab.errors import CommandFailed
+from proof.claims import API, SPY, WEB
+from proof.deployed import STACK, Deployed, Task, wait_for
+
+from hivewire.identity import SWARM_CERTIFICATES
+from hivewire.records import claim_key
+from tests.attack.foothold import SERVICES, Foothold, logs, node_id, on_worker
+from tests.e2e.test_mesh import all_peers_right
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+def etcd_data(mesh: Deployed, node: str) -> Path:
+    return mesh.lab.node(node).data / "volumes" / f"{STACK}_etcd" / "_data"
+
+
+def stop(mesh: Deployed, *services: str) -> None:
+    mesh.docker("service", "scale", "--detach", *(f"{STACK}_{name}=0" for name in services))
+    for name in services:
+        wait_for(f"no {name}", lambda name=name: not mesh.tasks(f"{STACK}_{name}"), 60)
+
+
+def start(mesh: Deployed, *services: str) -> None:
+    mesh.docker("service", "scale", "--detach", *(f"{STACK}_{name}=1" for name in services))
+
+
+def keys_of(mesh: Deployed, tasks: list[Task]) -> dict[str, str]:
+    """The public key of each task's device, as its peers have it."""
+    found = {}
+    everywhere = {key: peer for service in SERVICES for task in mesh.tasks(service)
+                  for key, peer in mesh.wireguard(task).items()}  # fmt: skip
+    for task in tasks:
+        addresses = {f"{a}/32" for a in mesh.addresses(task)}
+        found[task.name] = next(key for key, peer in everywhere.items() if addresses & set(peer["allowed_ips"]))
+    return found
+
+
+def holders(mesh: Deployed, keys: set[str]) -> Iterator[str]:
+    """Tasks that have one of these as a peer."""
+    for service in SERVICES:
+        for task in mesh.tasks(service):
+            try:
+                if keys & set(mesh.wireguard(task)):
+                    yield task.name
+            except (CommandFailed, ValueError, IndexError):  # it is just ending
+                continue
+
+
+def reaches_db(mesh: Deployed) -> bool:
+    spies = mesh.tasks(SPY)
+    return bool(spies) and mesh.probe(spies[0], "tcp", "db", "6379", timeout_s=1.0).get("outcome") == "reached"
+
+
+def test_revocations_outlive_a_backup_of_etcd(mesh: Deployed, tmp_path: Path) -> None:
+    """Remove a node, end a task, take a link back; put an earlier backup in place and start everything again."""
+    mesh.update(SPY, "--label-add", "hivewire.links=db:6379")
+    wait_for("the link", lambda: reaches_db(mesh), 60)
+    mesh.wait_ready(90)
+    thief = on_worker(mesh, tmp_path)
+    on_node = [task for service in SERVICES for task in mesh.tasks(service) if task.node == thief.name]
+    victim = next(task for task in mesh.tasks(API) if task.node != thief.name)
+    assert on_node, "no task of the demo runs on the node that is to be removed"
+    keys = keys_of(mesh, [*on_node, victim])
+    gone = set(keys.values())
+    copy = f"d=$(mktemp -d) && cp {SWARM_CERTIFICATES}/* $d && echo $d"
+    folder = mesh.lab.exec(thief.name, "sh", "-c", copy).stdout.strip()
+
+    server = mesh.tasks(f"{STACK}_etcd")[0].node
+    stop(mesh, "etcd")
+    shutil.copytree(etcd_data(mesh, server), tmp_path / "backup")
+    start(mesh, "etcd")
+    mesh.wait_ready(120)
+
+    # Take the link back, end the task, remove the node.
+    mesh.update(SPY, "--label-rm", "hivewire.links")
+    wait_for("the link's end", lambda: not reaches_db(mesh), 60)
+    mesh.lab.docker(victim.node, "kill", victim.container)
+    own = node_id(mesh, thief.name)
+    mesh.lab.docker(thief.name, "swarm", "leave", "--force")
+    wait_for("the node down", lambda: "down" in mesh.docker("node", "inspect", "-f", "{{.Status.State}}", own), 60)
+    mesh.docker("node", "rm", "--force", own)
+    removed = time.monotonic()
+    wait_for("no access to etcd", lambda: not _may_write(thief, folder), 60)
+    access_s = time.monotonic() - removed
+    wait_for("no peer of the node's tasks", lambda: not list(holders(mesh, gone)), 60)
+    peers_s = time.monotonic() - removed
+    print(f"node removed: no access to etcd after {access_s:.1f} s, no peer of its tasks after {peers_s:.1f} s")
+    try:
+        mesh.wait_ready(180)
+
+        # The backup in the place of all that, and everything started again.
+        stop(mesh, "etcd", "controller")
+        data = etcd_data(mesh, server)
+        for each in data.iterdir():
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+        shutil.copytree(tmp_path / "backup", data, dirs_exist_ok=True)
+        for task in mesh.tasks(f"{STACK}_agent"):
+            mesh.lab.docker(task.node, "kill", "--signal", "KILL", task.container)
+        start(mesh, "etcd", "controller")
+        wait_for("agents", lambda: len(mesh.tasks(f"{STACK}_agent")) == len(mesh.lab.nodes) - 1, 90)
+        until, looks = time.monotonic() + 45, 0
+        while time.monotonic() < until:
+            assert list(holders(mesh, gone)) == [], "a peer that was taken away is back"
+            assert not reaches_db(mesh), "a link that was taken back is open"
+            looks += 1
+        print(f"looked {looks} times in 45 s after the backup was in place")
+        mesh.wait_ready(180)
+        assert not _may_write(thief, folder)
+        wait_for("all peers right", lambda: all_peers_right(mesh), 60)
+        print("rolled back:", "store.rolled_back" in logs(mesh, "controller"))
+    finally:
+        _join_again(mesh, thief.name)
+    wait_for("the new node's agent", lambda: any(t.node == thief.name for t in mesh.tasks(f"{STACK}_agent")), 90)
+    mesh.wait_ready(180)
+    again = Foothold(mesh, thief.name, tmp_path / "again")
+    assert again.node != own, "it is another node now"
+    assert again.believes(key := f"/hivewire/v1/nodes/{again.node}", again.get(key))
+    assert list(holders(mesh, gone)) == []
+    # Its tasks are peers as everybody's.
+    mesh.scale(WEB, 5)
+    wait_for("peers on the node that joined again", lambda: all_peers_right(mesh), 90)
+    assert any(task.node == thief.name for task in mesh.tasks(WEB))
+    mesh.scale(WEB, 3)
+
+
+def _may_write(thief: Foothold, folder: str) -> bool:
+    """With the certificate that was copied before the node was removed."""
+    try:
+        key = claim_key(thief.node, "x")  # type: ignore[arg-type]
+        ((status, _, _),) = thief.do(("put", key, b"x"), folder=folder)
+    except (CommandFailed, StopIteration):
+        return True  # etcd is away, or starting: nothing is known
+    return status == "OK"
+
+
+def _join_again(mesh: Deployed, name: str) -> None:
+    token = mesh.docker("swarm", "join-token", "-q", "worker").strip()
+    own, manager = mesh.lab.node(name).address, mesh.lab.node(mesh.manager).address
+    words = ("swarm", "join", "--advertise-addr", str(own), "--token", token, f"{manager}:2377")
+    mesh.lab.docker(name, *words, check=False)
