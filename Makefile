@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: help test lint type unit e2e fire kernel demo demo-down bench bench-control clean
+.PHONY: help test lint type unit e2e attack life fire kernel demo demo-down bench bench-control clean
 
 help:  ## Show the verbs.
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,12 @@ unit: $(READY) packages  ## Unit, property and contract tests.
 e2e: $(READY) packages  ## End-to-end tests on a real Swarm: engine 20.10, then 26.1.
 	$(PYTHON) -m pytest tests/e2e
 
+attack: $(READY) packages  ## What footholds can do: on a real etcd, in process, and on the lab; ends with a table.
+	$(PYTHON) -m pytest tests/attack
+
+life: $(READY) packages  ## Certificates and revocations over time: renewal, another CA, autolock, a removed node, a backup.
+	$(PYTHON) -m pytest -s tests/life
+
 fire: $(READY) packages  ## 200 starts and stops under capture, and storms; JSON goes to build/fire/.
 	$(PYTHON) -m pytest tests/e2e -m long -k host
 
@@ -31,7 +37,7 @@ kernel: kernel-6.1 kernel-6.12  ## Kernel WireGuard, IPVS and IPsec: the lab in 
 
 # The progress is pytest's; the logs of guest and kernel are in build/vm/. No bytecode and no cache is kept in a guest.
 KERNEL_E2E := tests/e2e/test_mesh.py tests/e2e/test_matrix.py tests/e2e/test_why_quarantine.py
-KERNEL_E2E_ALL := $(KERNEL_E2E) $(foreach name,guard modes denials api access attack privileges secrets,tests/e2e/test_$(name).py)
+KERNEL_E2E_ALL := $(KERNEL_E2E) $(foreach name,guard modes denials api access privileges secrets,tests/e2e/test_$(name).py)
 KERNEL_LIMIT_S := 1500
 GUEST_PYTEST := $(CURDIR)/$(PYTHON) -m pytest -v -p no:cacheprovider --durations=20
 

@@ -77,19 +77,17 @@ def run() -> NoReturn:
         raise InvalidSettings("etcd runs on managers: its certificate must name swarm-manager, this node's does not")
     info = SwarmClient(settings.docker_socket).info()
     command = arguments(settings, info.hostname, info.address)
-    _note_roots(settings)
+    note_roots(settings)
     os.execvp(command[0], command)
 
 
-def _note_roots(settings: EtcdServerSettings) -> None:
+def note_roots(settings: EtcdServerSettings) -> None:
     """Raises InvalidSettings where the folder of the data cannot be written to."""
     copy = settings.etcd_data / ROOTS_IN_USE
     try:
         copy.write_bytes(settings.identity_files.roots.read_bytes())
     except OSError as error:
-        raise InvalidSettings(
-            f"{copy} cannot be written: {error.strerror}; HIVEWIRE_ETCD_DATA is its folder"
-        ) from error
+        raise InvalidSettings(f"{copy} cannot be written ({error.strerror}): see HIVEWIRE_ETCD_DATA") from error
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import pytest
 _ONE_ENGINE = {
     "test_access",
     "test_api",
-    "test_attack",
     "test_denials",
     "test_matrix",
     "test_modes",

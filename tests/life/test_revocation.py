@@ -1,5 +1,5 @@
-"""Who was shut out stays out: a removed node, an ended task, a link that was taken back; through a backup of etcd that is
-older than all that, and everything started again upon it.
+"""Who was shut out stays out: a removed node, an ended task, a link that was taken back; through a backup of etcd
+that is older than all that, and everything started again upon it.
 """
 
 import shutil

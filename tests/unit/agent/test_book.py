@@ -249,3 +249,41 @@ def test_a_new_manager_is_believed_after_a_while(tmp_path: Path) -> None:
     clock.advance(1.0)
     made.expire(1.0)
     assert made.below(PeerRecord, FOLDER) == (peer(5),)
+
+
+def test_what_is_not_believed_is_told(manager: SwarmSignatures) -> None:
+    """A record that is older than what was seen is a doubt with the generation that was; nonsense is one without."""
+    seen = Seen()
+    first = Book(manager, seen)
+    old, new = manager.sign(policy()), manager.sign(policy(mode=Mode.OFF))
+    key = policy_key(policy().service)
+    first.update(key, {key: new}, listed=False, now=0.0)
+    assert first.get(PolicyRecord, key) is not None
+    made = Book(manager, seen)
+    made.update(key, {key: old}, listed=False, now=0.0)
+    assert made.get(PolicyRecord, key) is None
+    (doubt,) = made.doubts()
+    assert (doubt.key, doubt.reason) == (key, "it is older than what was there before")
+    assert doubt.seen == manager.verify(PolicyRecord, key, new).generation
+    made.update(key, {key: b"nonsense"}, listed=False, now=0.0)
+    made.get(PolicyRecord, key)
+    assert [it.seen for it in made.doubts()] == [0]
+    made.update(key, {key: new}, listed=False, now=0.0)
+    assert made.get(PolicyRecord, key) is not None
+    assert made.doubts() == ()
+
+
+def test_what_cannot_be_believed_is_no_absence() -> None:
+    """A folder is in doubt while one of its keys never had a good record; with an earlier good one it is not."""
+    made = book()
+    made.below(PeerRecord, FOLDER)
+    assert not made.is_in_doubt(FOLDER)
+    made.update(FOLDER, {KEY_ONE: b"nonsense"}, listed=False, now=0.0)
+    assert made.below(PeerRecord, FOLDER) == (ONE, TWO)
+    assert not made.is_in_doubt(FOLDER), "the last good one stays"
+    made.update(FOLDER, {f"{FOLDER}new": b"nonsense"}, listed=False, now=0.0)
+    made.below(PeerRecord, FOLDER)
+    assert made.is_in_doubt(FOLDER)
+    assert not made.is_in_doubt(peers_prefix(ServiceId("id-other")))
+    made.update(FOLDER, {f"{FOLDER}new": None}, listed=False, now=0.0)
+    assert not made.is_in_doubt(FOLDER)

@@ -9,7 +9,7 @@ import pytest
 from agent.kernel.api import Underlay
 from agent.node import KEEPALIVE_S, LEASE_S, NodePresence, underlay_address
 from hivewire.errors import InvalidSettings, LeaseExpired, StoreUnavailable
-from hivewire.records import Address, NodeRecord, decode, node_key
+from hivewire.records import Address, Doubt, NodeRecord, decode, node_key
 from hivewire.store.memory import MemoryStore
 from tests.fakes.clock import FakeClock
 from tests.fakes.signatures import Unsigned
@@ -209,3 +209,21 @@ def test_no_underlay_address(setting: str, joined: str, shown: str) -> None:
     with pytest.raises(InvalidSettings, match="set HIVEWIRE_UNDERLAY_ADDRESS") as caught:
         underlay_address(setting, joined)
     assert shown in str(caught.value)
+
+
+def test_doubts_are_told(rig: Rig) -> None:
+    """What the agent does not believe is in its record, the curable first, as much of it as there is room for."""
+    doubts = [Doubt(key=f"k{n:04}" * 100, reason="r" * 1000) for n in range(200)]
+    doubts.append(Doubt(key="z", reason="older", seen=7))
+    rig.presence = NodePresence(rig.store, Unsigned(), node(), rig.measure, rig.changed, doubts=lambda: doubts)
+    rig.presence.step()
+    stored = rig.stored()
+    assert stored is not None
+    assert stored.doubts[0] == Doubt(key="z", reason="older", seen=7)
+    assert len(stored.doubts) == 100
+    assert max(len(it.key) + len(it.reason) for it in stored.doubts) <= 600
+    doubts.clear()
+    rig.presence.step()
+    stored = rig.stored()
+    assert stored is not None
+    assert stored.doubts == ()

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+import agent.seen as seen_module
 from agent.seen import GONE_S, Seen
 from tests.fakes.clock import FakeClock
 
@@ -68,3 +71,19 @@ def test_memory_has_an_end(tmp_path: Path) -> None:
     seen.expire()
     for each in (seen, Seen(path, clock)):
         assert [each.is_known(key) for key in ("old", "new", "there")] == [False, True, True]
+
+
+def test_only_so_many_deletions_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones, on the node too; what is there stays."""
+    monkeypatch.setattr(seen_module, "MOST_GONE", 3)
+    clock = FakeClock()
+    seen = Seen(tmp_path / "seen.sqlite", now=clock)
+    seen.note("there", 1)
+    for number in range(6):
+        seen.note(f"k{number}", 10)
+        seen.gone(f"k{number}")
+        clock.advance(1)
+    seen.expire()
+    for again in (seen, Seen(tmp_path / "seen.sqlite", now=clock)):
+        assert [again.refuses(f"k{number}", 10) for number in range(6)] == [False] * 3 + [True] * 3
+        assert again.is_known("there")

@@ -9,6 +9,7 @@ import pytest
 from controller.admission import Evidence, Refused, judge
 from controller.swarm.snapshot import FINISHED_STATES, TASK_STATES, Node, Task
 from hivewire.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
+from hivewire.keys import PrivateKey, PublicKey
 from hivewire.records import ClaimRecord, Endpoint, Mode, Network, NodeRecord, PeerRecord, PolicyRecord, parse_address
 
 N1, N2 = NodeId("n1"), NodeId("n2")
@@ -16,6 +17,7 @@ WEB, DB = ServiceId("web"), ServiceId("db")
 T1, T2 = TaskId("t1"), TaskId("t2")
 APP, BACK, INGRESS, OTHER = NetworkId("app"), NetworkId("back"), NetworkId("ingress"), NetworkId("other")
 KEY = "AQ" + "A" * 41 + "="
+DISGUISED = str(PublicKey(PrivateKey.generate().public().raw[:31] + b"\xff"))
 GOOD_KEY = "CQ" + "A" * 41 + "="
 ZERO_KEY = "A" * 43 + "="
 
@@ -119,6 +121,28 @@ REFUSALS: dict[str, tuple[ClaimRecord, Evidence, str]] = {
         claim(public_key=KEY), EVIDENCE,
         "its public key is a low-order point, with which no secret can be agreed",
     ),
+    "the key is another one's in disguise": (
+        claim(public_key=DISGUISED),
+        EVIDENCE,
+        "its public key is written as no device writes it, so that it could be another's in disguise",
+    ),
+    "the key is an earlier one": (
+        CLAIM,
+        replace(EVIDENCE, last_epoch=CLAIM.epoch + 1, last_key="another"),
+        f"its public key is of epoch {CLAIM.epoch}, and one of epoch {CLAIM.epoch + 1} was admitted before: "
+        "an earlier key does not come back (or the node's clock was set back)",
+    ),
+    "two keys of one epoch": (
+        CLAIM,
+        replace(EVIDENCE, last_epoch=CLAIM.epoch, last_key="another"),
+        f"its public key is of epoch {CLAIM.epoch}, and one of epoch {CLAIM.epoch} was admitted before: "
+        "an earlier key does not come back (or the node's clock was set back)",
+    ),
+    "the agent is gone and the port is outside of what it registered": (
+        claim(endpoint=endpoint("192.0.2.1:51900")),
+        replace(EVIDENCE, agent=None, last_ports=(51800, 51899)),
+        "its port 51900 is outside 51800-51899",
+    ),
     "the key is another task's": (CLAIM, replace(EVIDENCE, key_owner=T2), "its public key belongs to task t2"),
     "Swarm does not know the node": (CLAIM, replace(EVIDENCE, node=None), "node n1 is not in the Swarm"),
     "the endpoint is another node's": (
@@ -215,6 +239,14 @@ def test_an_agent_that_dies_takes_no_peer_along() -> None:
     peer = judge(N1, T1, there, EVIDENCE)
     assert isinstance(peer, PeerRecord)
     assert judge(N1, T1, there, replace(EVIDENCE, agent=None, admitted=peer)) == peer
+
+
+def test_epochs_do_not_fall() -> None:
+    """The same key may be claimed as of an earlier time, when a claim was lost; what others read never goes back."""
+    known = replace(EVIDENCE, last_epoch=CLAIM.epoch + 5, last_key=CLAIM.public_key)
+    verdict = judge(CLAIM.node, CLAIM.task, CLAIM, known)
+    assert isinstance(verdict, PeerRecord)
+    assert verdict.epoch == CLAIM.epoch + 5
 
 
 def test_an_earlier_admission_excuses_no_bad_key() -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from controller.etcd import EtcdServerSettings, arguments
+from controller.etcd import EtcdServerSettings, arguments, note_roots
+from hivewire.errors import InvalidSettings
 
 CERTIFICATES = Path("/run/certificates")
 
@@ -85,3 +86,13 @@ def test_there_is_no_secret_in_it(tmp_path: Path) -> None:
 def test_where_it_listens(address: str, expected: str) -> None:
     """No address twice, which etcd could not bind, and IPv6 as a URL has it."""
     assert listened(address) == expected
+
+
+def test_the_roots_in_use_are_noted(tmp_path: Path) -> None:
+    """A copy of what etcd trusts lies beside its data; a folder that cannot be written to is a setting to correct."""
+    (tmp_path / "roots").write_text("root")
+    settings = EtcdServerSettings(identity_ca=tmp_path / "roots", etcd_data=tmp_path)
+    note_roots(settings)
+    assert (tmp_path / "roots.pem").read_text() == "root"
+    with pytest.raises(InvalidSettings, match=r"roots\.pem cannot be written \(No such file or directory\)"):
+        note_roots(EtcdServerSettings(identity_ca=tmp_path / "roots", etcd_data=tmp_path / "absent"))

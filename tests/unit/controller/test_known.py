@@ -91,3 +91,28 @@ def test_what_was_refused_is_looked_at_again(tmp_path: Path) -> None:
     now[0] += timedelta(hours=3)
     rig.known.retry()
     assert rig.known.stored() == {KEY: ENFORCED}
+
+
+def test_what_readers_have_seen_newer_is_written_anew(rig: Rig) -> None:
+    """A good record of a lower generation than an agent has seen stays known, and is to be signed again."""
+    rig.put(rig.signatures.sign(ENFORCED))
+    generation = rig.known.oldest
+    assert generation is not None
+    assert not rig.known.is_older(KEY, generation)
+    assert rig.known.is_older(KEY, generation + 1)
+    assert not rig.known.is_older(KEY + "x", generation + 1)
+    rig.known.write_anew({KEY: generation + 1})
+    assert rig.known.records() == {KEY: ENFORCED}
+    assert rig.known.stored() == {KEY: None}
+    rig.signatures.outrun(generation + 1)
+    rig.put(rig.signatures.sign(ENFORCED))
+    assert rig.known.stored() == {KEY: ENFORCED}
+
+
+def test_replays_are_counted(rig: Rig) -> None:
+    """Each by its cause, among all refusals."""
+    old = rig.signatures.sign(ENFORCED)
+    rig.put(rig.signatures.sign(OFF))
+    rig.put(old)
+    rig.put(b"nonsense")
+    assert rig.signatures.refused == {"replay": 1, "form": 1}

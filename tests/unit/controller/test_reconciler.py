@@ -1,6 +1,7 @@
 """The controller's loop over a Swarm, a store and a clock in memory: what it writes, and when it writes nothing."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -983,3 +984,73 @@ def test_the_state_shows_the_store_as_it_is(cluster: Cluster) -> None:
     assert state.tasks[task.id].state == "running"
     assert 0 < state.revision <= cluster.store.revision
     assert decode(PeerRecord, cluster.stored(PEERS)[peer_key(db, task.id)]) == state.peers[task.id]
+
+
+def test_a_flood_of_claims_costs_little(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of claims for tasks that do not exist are few questions to Swarm, and hold no other node's claim up."""
+    asked: list[str] = []
+    one, all_of_them = cluster.swarm.task, cluster.swarm.tasks
+    monkeypatch.setattr(cluster.swarm, "task", lambda task: asked.append("one") or one(task))
+    monkeypatch.setattr(cluster.swarm, "tasks", lambda *words: asked.append("all") or all_of_them(*words))
+    flooding = cluster.swarm.add_node("n9")
+    db = cluster.service("db", {"hivewire.ports": "5432"})
+    cluster.settle(3.0)
+    real = cluster.tasks(db)
+    asked.clear()
+    for number in range(3000):
+        fake = replace(real[0], id=TaskId(f"flood-{number}"), node=flooding)
+        cluster.claim(fake, node=flooding)
+        if number % 50 == 0:
+            cluster.settle(0.1)
+    cluster.claim(real[0])
+    cluster.settle(1.0)
+    assert set(cluster.peers()) == {task.id for task in real}
+    cluster.settle(10.0)
+    assert asked.count("one") < 700, "a burst and a rate"
+    assert asked.count("all") < 30
+    asked.clear()
+    cluster.resync()
+    assert asked.count("one") == 0, "one listing instead of a question each"
+
+
+def test_an_address_that_another_agent_registered(cluster: Cluster) -> None:
+    """A node may register an address of its own, but not one that another node's agent has registered; and no word of an
+    agent takes away the address that a node has in the Swarm.
+    """
+    cluster.swarm.add_node("n2")
+    db = cluster.service("db", {"hivewire.ports": "5432"})
+    task = cluster.tasks(db)[0]
+    other = next(node for node in cluster.swarm.snapshot().nodes.values() if node.id != task.node)
+    mine = cluster.swarm.snapshot().nodes[task.node].address
+    cluster.agent(task.node, underlay="198.51.100.7")
+    cluster.agent(other.id, underlay="198.51.100.7")
+    cluster.settle()
+    cluster.claim(task, address="198.51.100.7")
+    cluster.settle()
+    assert list(refusals(cluster).values()) == [
+        f"its endpoint 198.51.100.7:51800 is the address of node {other.hostname}"
+    ]
+    cluster.agent(other.id, underlay=mine)
+    cluster.settle()
+    cluster.claim(task, address=mine)
+    cluster.settle()
+    assert refusals(cluster) == {}
+
+
+def test_an_earlier_key_does_not_come_back(cluster: Cluster) -> None:
+    """Also after the peer went, and the same key as of an earlier time is no new one."""
+    db = cluster.service("db", {"hivewire.ports": "5432"})
+    task = cluster.tasks(db)[0]
+    cluster.claim(task, key=key_of("new"), epoch=9)
+    cluster.settle()
+    cluster.store.delete(claim_key(task.node, task.id))
+    cluster.settle()
+    assert cluster.peers() == {}
+    cluster.claim(task, key=key_of("old"), epoch=8)
+    cluster.settle()
+    cluster.resync()
+    assert cluster.peers() == {}
+    assert "an earlier key does not come back" in refusals(cluster)[task.id]
+    cluster.claim(task, key=key_of("new"), epoch=8)
+    cluster.settle()
+    assert cluster.peers()[task.id].epoch == 9

@@ -16,7 +16,7 @@ ALICE_PUBLIC = bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eb
 BOB = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
 BOB_PUBLIC = bytes.fromhex("de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f")
 
-# Every value whose point has a low order; the last three write 0, 1 and -1 in another way.
+# Every value whose point has a low order; the last two write 0 and 1 in another way.
 LOW_ORDER = {
     "0": "0000000000000000000000000000000000000000000000000000000000000000",
     "1": "0100000000000000000000000000000000000000000000000000000000000000",
@@ -25,7 +25,6 @@ LOW_ORDER = {
     "p - 1": "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
     "p": "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
     "p + 1": "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-    "0 with the top bit": "0000000000000000000000000000000000000000000000000000000000000080",
 }
 
 
@@ -106,10 +105,25 @@ def test_private_equality() -> None:
     assert hash(PrivateKey(ALICE)) == hash(PrivateKey(ALICE))
 
 
+@pytest.mark.parametrize("has_top_bit", [False, True])
 @pytest.mark.parametrize("name", LOW_ORDER)
-def test_low_order_points(name: str) -> None:
-    """A public key with which no secret can be agreed is told apart."""
-    assert not PublicKey(bytes.fromhex(LOW_ORDER[name])).is_usable
+def test_low_order_points(name: str, has_top_bit: bool) -> None:
+    """A public key with which no secret can be agreed is told apart, with the bit that X25519 ignores and without."""
+    raw = bytearray(bytes.fromhex(LOW_ORDER[name]))
+    raw[31] = raw[31] & 0x7F | has_top_bit << 7
+    assert not PublicKey(bytes(raw)).is_usable
+
+
+def test_a_key_in_disguise() -> None:
+    """Another writing of a key, with which the same secret is agreed, is no device's."""
+    double = bytearray(ALICE_PUBLIC)
+    double[31] |= 0x80
+    assert PublicKey(ALICE_PUBLIC).is_canonical
+    assert not PublicKey(bytes(double)).is_canonical
+    p = (1 << 255) - 19
+    for number in range(p - 3, 1 << 255):
+        assert PublicKey(number.to_bytes(32, "little")).is_canonical == (number < p)
+    assert all(PrivateKey.generate().public().is_canonical for _ in range(20))
 
 
 def test_usable_keys() -> None:

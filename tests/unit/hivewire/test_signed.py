@@ -37,7 +37,7 @@ from hivewire.records import (
     policy_key,
     writer_of,
 )
-from hivewire.signed import MAX_BYTES, MAX_SKEW, Managers, SwarmSignatures
+from hivewire.signed import MAX_BYTES, MAX_BYTES_OF_NODES, MAX_SKEW, Managers, SwarmSignatures
 from tests.fakes.clock import FakeClock
 from tests.unit.hivewire.swarm_pki import SwarmCa, write
 
@@ -258,6 +258,9 @@ def test_algorithms_are_not_up_for_choice(pki: Pki) -> None:
 def test_too_large(pki: Pki) -> None:
     """What etcd could hardly hold is not even looked at."""
     assert refusal(lambda: pki.node("w1").verify(MeshRecord, MESH_KEY, b"a" * (MAX_BYTES + 1))) == "size"
+    large = b"a" * (MAX_BYTES_OF_NODES + 1)
+    assert refusal(lambda: pki.node("w1").verify(ClaimRecord, claim_key(W1, TASK), large)) == "size"
+    assert refusal(lambda: pki.node("w1").verify(MeshRecord, MESH_KEY, large)) == "form", "managers' may be larger"
 
 
 SHARED: dict[str, tuple[SwarmSignatures, list[tuple[Record, bytes]]]] = {}
@@ -363,3 +366,13 @@ def test_a_record_lies_where_it_says(pki: Pki, monkeypatch: pytest.MonkeyPatch) 
         patched.setattr("hivewire.signed.key_of", lambda _: claim_key(W1, TASK))
         data = pki.node("w1").sign(claim(W2))
     assert refusal(lambda: pki.node("m1", MANAGER).verify(ClaimRecord, claim_key(W1, TASK), data)) == "path"
+
+
+def test_generations_can_be_outrun(pki: Pki) -> None:
+    """After a generation that others have seen the next one is higher; no clock that is right is further ahead."""
+    signatures = pki.node("m1", MANAGER)
+    ahead = signatures.reached
+    signatures.outrun(ahead)
+    signed = signatures.verify(MeshRecord, MESH_KEY, signatures.sign(MESH))
+    assert signed.generation == ahead + 1
+    assert ahead == int((pki.now + MAX_SKEW).timestamp() * 1000)
