@@ -1,18 +1,22 @@
 """What a task's namespace should hold, from its policy and the peers of the services that it is linked with. Pure."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 
 from agent.ops import PeerSpec, Route
 from agent.rules.render import Backends, RuleSet, Source, WayOut, render
 from hivewire.ids import NetworkId, ServiceId, TaskId
 from hivewire.keys import PublicKey
-from hivewire.records import Link, Mode, PeerRecord, PolicyRecord
+from hivewire.records import Address, Link, Mode, PeerRecord, PolicyRecord
 
-# What WireGuard adds to a packet over IPv4: 20 IP, 8 UDP, 32 WireGuard (Linux drivers/net/wireguard/messages.h).
+# What WireGuard adds to a packet: 20 or 40 IP, 8 UDP, 32 WireGuard (Linux drivers/net/wireguard/messages.h).
 OVERHEAD_IPV4 = 60
+OVERHEAD_IPV6 = 80
 LEAST_MTU = 576
+# wireguard-go pads each packet to a multiple of this, up to the MTU of its interface and not to that of the route
+# (calculatePaddingSize in its device/send.go); the kernel looks at the route.
+_PADDING = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,10 @@ class TaskFacts:
     interfaces: Mapping[IPv4Address, str]
     """Which interface of the namespace holds which address."""
     underlay_mtu: int
+    underlay: Address
+    """The node's own address there; its family is what counts."""
+    paths: Mapping[Address, int] = field(default_factory=dict)
+    """Largest packet in bytes that gets to another node's underlay address, where that was found out."""
     way_out: WayOut | None = None
     """Its place on docker_gwbridge; None where it has none."""
 
@@ -49,21 +57,30 @@ def desired_task(
     known = {service: _newest(peers.get(service, ())) for service in policy.linked_services}
     owners = _owners(facts.task, own, policy, known)
 
+    mtu = policy.mtu or _inside(facts.underlay_mtu, facts.underlay)
     specs: dict[PublicKey, PeerSpec] = {}
     routes: set[Route] = set()
+    # Smaller than the interface's, and zero where it is not.
+    smaller: dict[IPv4Address, int] = {}
     for record in {r.task: r for records in known.values() for r in records if r.task != facts.task}.values():
         allowed = {n: IPv4Network(a) for n, a in record.addresses.items() if n in own and owners.get(a) == record.task}
         if allowed:
             key = PublicKey.parse(record.public_key)
             specs[key] = PeerSpec(key, record.endpoint, frozenset(allowed.values()), policy.keepalive_s)
-            routes |= {Route(address, own[network]) for network, address in allowed.items()}
+            pair_mtu = 0 if policy.mtu else _pair_mtu(facts, record, mtu)
+            routes |= {Route(address, own[network], pair_mtu) for network, address in allowed.items()}
+            smaller |= {network.network_address: pair_mtu for network in allowed.values() if pair_mtu}
 
     backends = [
         b for link in (*policy.out_links, *policy.self_links) if (b := _backends(link, facts, own, known, owners))
     ]
     # Where nobody serves, ``observe`` leaves the VIP to Swarm, while ``enforce`` closes it.
     kept = [b for b in backends if b.addresses or policy.mode is Mode.ENFORCE]
-    routes |= {Route(IPv4Network(b.vip), b.source) for b in kept}
+    # A connection to a VIP goes by the MTU of the VIP's route, whichever backend it is given.
+    routes |= {
+        Route(IPv4Network(b.vip), b.source, min((smaller[a] for a in b.addresses if a in smaller), default=0))
+        for b in kept
+    }
 
     text, digest = render(
         RuleSet(
@@ -75,12 +92,26 @@ def desired_task(
         )
     )
     return DesiredTask(
-        mtu=policy.mtu or max(LEAST_MTU, facts.underlay_mtu - OVERHEAD_IPV4),
+        mtu=mtu,
         peers=specs,
         routes=frozenset(routes),
         rules=text,
         rules_digest=digest,
     )
+
+
+def _inside(underlay_mtu: int, address: Address) -> int:
+    """What fits through WireGuard between nodes that talk over addresses of this family."""
+    overhead = OVERHEAD_IPV6 if address.version == 6 else OVERHEAD_IPV4
+    return max(LEAST_MTU, underlay_mtu - overhead)
+
+
+def _pair_mtu(facts: TaskFacts, record: PeerRecord, mtu: int) -> int:
+    """What fits on the way to this peer, if that is less than the interface takes; else 0."""
+    address = record.endpoint.address
+    theirs = record.underlay_mtu or facts.underlay_mtu
+    found = _inside(min(facts.underlay_mtu, theirs, facts.paths.get(address, theirs)), address)
+    return max(LEAST_MTU, found - found % _PADDING) if found < mtu else 0
 
 
 def _newest(records: Iterable[PeerRecord]) -> tuple[PeerRecord, ...]:

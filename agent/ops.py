@@ -30,9 +30,11 @@ class Route:
 
     destination: IPv4Network
     source: IPv4Address
+    mtu: int = 0
+    """Largest packet in bytes that may go this way; 0: what the interface takes."""
 
     def __str__(self) -> str:
-        return f"{self.destination} src {self.source}"
+        return f"{self.destination} src {self.source}" + (f" mtu {self.mtu}" if self.mtu else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ saves a question whose answer cannot change (the container's addresses).
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -31,6 +31,7 @@ from hivewire.keys import PrivateKey
 from hivewire.records import (
     MESH_KEY,
     QUARANTINES,
+    Address,
     ClaimRecord,
     Endpoint,
     MeshRecord,
@@ -64,6 +65,12 @@ class Tasks(Protocol):
     def list(self) -> dict[TaskId, ServiceId]: ...
 
 
+class Paths(Protocol):
+    """What is known of the ways to other nodes."""
+
+    def __call__(self, endpoints: Iterable[Endpoint], /) -> Mapping[Address, int]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What one pass did, in the words of its log line."""
@@ -91,6 +98,7 @@ class TaskReconciler:
         signatures: Signatures,
         book: Book,
         bridge: Callable[[], Bridge | None] = lambda: None,
+        paths: Paths = lambda _endpoints: {},
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -102,6 +110,7 @@ class TaskReconciler:
         self._store = store
         self._queue = queue
         self._book = book
+        self._paths = paths
         self._monotonic = monotonic
         self._now = now
         self._log = logs.get()
@@ -228,8 +237,8 @@ class TaskReconciler:
         node, calls_before = self._node(), self._kernel.calls
         with self._session(local) as session:
             observed = session.observe()
-            facts = self._facts(local, policy, observed, node)
             peers = {s: self._peers(s) for s in policy.linked_services}
+            facts = self._facts(local, policy, observed, node, peers)
             desired = desired_task(facts, policy, peers)
             ops = plan(
                 desired,
@@ -272,7 +281,14 @@ class TaskReconciler:
         there = interface.peers if interface is not None else {}
         return self._handshakes.turn(local.task, known, desired.peers, there, self._monotonic())
 
-    def _facts(self, local: LocalTask, policy: PolicyRecord, observed: ObservedTask, node: NodeRecord) -> TaskFacts:
+    def _facts(
+        self,
+        local: LocalTask,
+        policy: PolicyRecord,
+        observed: ObservedTask,
+        node: NodeRecord,
+        peers: Mapping[ServiceId, list[PeerRecord]],
+    ) -> TaskFacts:
         if not any(network.id in local.addresses for network in policy.networks):
             names = ", ".join(n.name for n in policy.networks)
             raise InvalidInput(f"task {local.name} has no address on the overlay networks of its service ({names})")
@@ -282,7 +298,8 @@ class TaskReconciler:
             local.addresses,
             observed.addresses,
             node.underlay_mtu,
-            self._way_out(local, observed),
+            node.underlay_address,
+            self._paths(peer.endpoint for records in peers.values() for peer in records),
         )
 
     def _way_out(self, local: LocalTask, observed: ObservedTask) -> WayOut | None:
@@ -428,6 +445,7 @@ class TaskReconciler:
             endpoint=Endpoint(address=node.underlay_address, port=interface.listen_port),
             epoch=epoch,
             serving=serving,
+            underlay_mtu=node.underlay_mtu,
         )
 
     def _note(self, local: LocalTask, error: HivewireError) -> None:

@@ -4,7 +4,8 @@ engine events --on_event--.                                      .--> claims/, s
 records ------on_records--+--> queue of tasks --> reconcile -----+
 every minute --resync-----'    (worker threads)                  '--> task namespace    (kernel)
 the same, and new namespaces --> guard/loops.py, apart ------------> overlay namespaces
-underlay, lease --> nodes/<node>            questions of managers --> report over mTLS
+underlay, lease --> nodes/<node>; paths to other nodes, every minute
+                                            questions of managers --> report over mTLS
 every ten seconds --> what the rules noted --> denials, log
 """
 
@@ -15,9 +16,11 @@ from agent.book import Book
 from agent.guard.loops import Guard
 from agent.kernel.api import Kernel
 from agent.kernel.bridge import way_out
+from agent.kernel.paths import PathSockets
 from agent.kernel.rtnetlink import Calls
 from agent.kernel.selection import Choice, select
 from agent.node import NodePresence, underlay_address
+from agent.paths import PathWatch
 from agent.reconciler import TaskReconciler
 from agent.report import ReportServer
 from agent.seen import Seen
@@ -70,6 +73,7 @@ def run(settings: AgentSettings) -> bool:
         lambda: queue_all(reconciler),
         doubts=lambda: (*book.doubts(), *guard_book.doubts()),
     )
+    paths = PathWatch(PathSockets(), lambda: presence.record.underlay_mtu, lambda: queue_all(reconciler))
     reconciler = TaskReconciler(
         node=lambda: presence.record,
         tasks=tasks,
@@ -79,6 +83,7 @@ def run(settings: AgentSettings) -> bool:
         signatures=signatures,
         book=book,
         bridge=lambda: way_out(calls),
+        paths=paths,
     )
     guard = Guard(tasks, store, guard_book, settings.namespaces, settings.resync_s, record.node)
     server = ReportServer(
@@ -104,6 +109,7 @@ def run(settings: AgentSettings) -> bool:
         threading.Thread(target=_resync, args=(reconciler, settings.resync_s, stop), name="resync", daemon=True),
         threading.Thread(target=_watch_denials, args=(reconciler, guard, stop), name="denials", daemon=True),
         threading.Thread(target=presence.run, args=(stop,), name="node"),
+        threading.Thread(target=paths.run, args=(stop,), name="paths"),
         *(
             threading.Thread(target=_work, args=(queue, reconciler), name=f"worker-{n}")
             for n in range(settings.workers)

@@ -122,4 +122,5 @@ def _peer(claim: ClaimRecord, task: Task, evidence: Evidence) -> PeerRecord | Re
         epoch=max(claim.epoch, evidence.last_epoch),
         addresses=addresses,
         serving=claim.serving and task.is_wanted and task.state in CAN_SERVE,
+        underlay_mtu=claim.underlay_mtu,
     )

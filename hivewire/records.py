@@ -175,6 +175,8 @@ class ClaimRecord(Record, frozen=True, kw_only=True):
     """Grows with every new key of a task; milliseconds since 1970 of the key's making."""
     serving: bool
     """Whether new connections should be sent here: started, healthy where it has a health check, not being stopped."""
+    underlay_mtu: int = 0
+    """What the node's underlay carries in bytes, as its agent measured it; 0: an older agent did not say."""
 
 
 class PeerRecord(Record, frozen=True, kw_only=True):
@@ -191,6 +193,8 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     """The task's overlay addresses: the allowed IPs."""
     serving: bool
     """Whether VIP maps lead here. A peer that does not serve keeps its open connections."""
+    underlay_mtu: int = 0
+    """As in the claim. An agent sends its own tasks' packets no larger, and believes nothing below what IPv4 needs."""
 
 
 class Link(Record, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import sys
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ _IFA_LOCAL: Final = 2
 _RTA_DST: Final = 1
 _RTA_OIF: Final = 4
 _RTA_PREFSRC: Final = 7
+_RTA_METRICS: Final = 8
+_RTAX_MTU: Final = 2
 _RTA_TABLE: Final = 15
 _IFLA_INET_CONF: Final = 1
 _IPV4_DEVCONF_RP_FILTER: Final = 8
@@ -477,6 +480,7 @@ def _route_request(op: AddRoute | RemoveRoute, index: int) -> Request:
 
 def _route_body(route: Route, index: int, scope: int) -> bytes:
     destination = route.destination
+    metrics = attribute(_RTAX_MTU, _u32(route.mtu)) if route.mtu else b""
     return b"".join((
         _ROUTE.pack(
             socket.AF_INET, destination.prefixlen, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, scope, _RTN_UNICAST, 0
@@ -484,6 +488,7 @@ def _route_body(route: Route, index: int, scope: int) -> bytes:
         attribute(_RTA_DST, destination.network_address.packed),
         attribute(_RTA_OIF, _u32(index)),
         attribute(_RTA_PREFSRC, route.source.packed),
+        attribute(_RTA_METRICS | NLA_F_NESTED, metrics) if metrics else b"",
     ))  # fmt: skip
 
 
@@ -495,4 +500,6 @@ def _route(body: bytes, interface: bytes) -> Route | None:
     source = found.get(_RTA_PREFSRC)
     if table != _RT_TABLE_MAIN or found.get(_RTA_OIF) != interface or source is None:
         return None
-    return Route(IPv4Network((found.get(_RTA_DST, bytes(4)), length)), IPv4Address(source))
+    metrics = dict(attributes(found.get(_RTA_METRICS, b""), 0))
+    mtu = int.from_bytes(metrics.get(_RTAX_MTU, b""), sys.byteorder)
+    return Route(IPv4Network((found.get(_RTA_DST, bytes(4)), length)), IPv4Address(source), mtu)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -519,6 +519,11 @@ def test_routes_are_added_replaced_and_removed(bench: Bench) -> None:
     apply(bench, task, *(AddRoute(route) for route in [*routes, routes[0]]))
     assert observe(bench, task).routes == frozenset(routes)
     apply(bench, task, RemoveRoute(routes[0]), RemoveRoute(routes[0]), RemoveRoute(routes[1]))
+    assert observe(bench, task).routes == {routes[2]}
+    smaller = replace(routes[2], mtu=1280)
+    apply(bench, task, AddRoute(smaller))
+    assert observe(bench, task).routes == {smaller}
+    apply(bench, task, AddRoute(routes[2]))
     assert observe(bench, task).routes == {routes[2]}
 
 

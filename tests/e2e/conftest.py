@@ -13,6 +13,7 @@ _ONE_ENGINE = {
     "test_modes",
     "test_secrets",
     "test_storm",
+    "test_streams",
     "test_why_quarantine",
 }
 

@@ -110,6 +110,7 @@ def peer_records(draw: st.DrawFn) -> dict[ServiceId, list[PeerRecord]]:
             epoch=draw(st.integers(1, 3)),
             addresses={n: OWN[n] if is_own else draw(st.sampled_from(ADDRESSES[n])) for n in sorted(networks)},
             serving=draw(st.booleans()),
+            underlay_mtu=draw(st.sampled_from([0, 1280, 1500, 9000])),
         )
         records.setdefault(service, []).append(record)
     return records
@@ -122,6 +123,7 @@ facts = st.builds(
         addresses={n: OWN[n] for n in networks},
         interfaces={OWN[n]: f"eth{i}" for i, n in enumerate(networks)},
         underlay_mtu=mtu,
+        underlay=NODE.underlay_address,
     ),
     st.sets(st.sampled_from(NETWORKS), min_size=1).map(sorted),
     st.sampled_from([1500, 9000]),
@@ -332,6 +334,7 @@ def test_an_allowed_ip_has_one_peer(wanted: DesiredTask) -> None:
     assert len({r.destination for r in wanted.routes}) == len(wanted.routes)
     assert {r.source for r in wanted.routes} <= set(OWN.values())
     assert all(spec.allowed_ips for spec in wanted.peers.values())
+    assert all(route.mtu == 0 or 576 <= route.mtu < wanted.mtu for route in wanted.routes)
 
 
 @UNTIMED

@@ -1,7 +1,9 @@
 """What a task should hold, for tables of policies and peers."""
 
-from ipaddress import IPv4Address, IPv4Network
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
+import msgspec
 import pytest
 
 from agent.desired import DesiredTask, desired_task
@@ -224,6 +226,52 @@ def test_order_of_records_is_no_matter() -> None:
 def test_mtu(policy_mtu: int, underlay_mtu: int, mtu: int) -> None:
     """The MTU is the label's, else the underlay's minus what WireGuard adds, and never below IPv4's least."""
     assert desired_task(facts(underlay_mtu=underlay_mtu), policy(mtu=policy_mtu), {}).mtu == mtu
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "path", "mtu"),
+    [
+        (1500, 1500, 0, 0),
+        (1500, 0, 0, 0),  # an older agent does not say
+        (1500, 9000, 0, 0),
+        (9000, 1500, 0, 1440),
+        (9000, 9000, 1500, 1440),
+        (1500, 1450, 1400, 1328),
+        (1500, 1500, 65536, 0),  # over loopback, to the node itself
+        (1500, 20, 0, 576),  # nobody can make us useless
+    ],
+)
+def test_mtu_of_a_pair(ours: int, theirs: int, path: int, mtu: int) -> None:
+    """A route has an MTU of its own where the pair carries less than the interface, a multiple of the padding."""
+    there = msgspec.structs.replace(peer(5), underlay_mtu=theirs)
+    known = replace(facts(underlay_mtu=ours), paths={there.endpoint.address: path} if path else {})
+    found = desired_task(known, policy(out=[link("db", vip=VIP)]), by_service(there))
+    assert found.mtu == ours - 60
+    assert {(r.destination, r.mtu) for r in found.routes} == {
+        (IPv4Network("10.1.0.5"), mtu),
+        (IPv4Network(VIP), mtu),  # the connection's size is that of the VIP's route
+    }
+
+
+def test_the_vip_has_the_mtu_of_its_smallest_backend() -> None:
+    """A connection to the VIP may go to any of them."""
+    peers = [msgspec.structs.replace(peer(n), underlay_mtu=mtu) for n, mtu in ((5, 1500), (6, 1450), (7, 1400))]
+    found = desired_task(facts(), policy(out=[link("db", vip=VIP)]), by_service(*peers))
+    assert {str(r.destination.network_address): r.mtu for r in found.routes} == {
+        "10.1.0.5": 0, "10.1.0.6": 1376, "10.1.0.7": 1328, VIP: 1328,
+    }  # fmt: skip
+
+
+def test_a_labels_mtu_is_the_last_word() -> None:
+    """Where a person set it, nothing measured counts."""
+    there = msgspec.structs.replace(peer(5), underlay_mtu=1300)
+    found = desired_task(facts(), policy(out=[link("db")], mtu=1400), by_service(there))
+    assert (found.mtu, {r.mtu for r in found.routes}) == (1400, {0})
+
+
+def test_mtu_over_ipv6() -> None:
+    """IPv6 takes 20 bytes more."""
+    assert desired_task(replace(facts(), underlay=IPv6Address("2001:db8::1")), policy(), {}).mtu == 1420
 
 
 def test_keepalive() -> None:

@@ -258,6 +258,7 @@ def test_fresh_task(rig: Rig) -> None:
         endpoint=rig.device.endpoint,
         epoch=1_700_000_000_000,
         serving=True,
+        underlay_mtu=1500,
     )
     assert rig.status() == StatusRecord(
         task=WEB_1,

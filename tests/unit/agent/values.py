@@ -119,6 +119,7 @@ def facts(task: str = "web.1", addresses: Mapping[str, str] | None = None, *, un
         addresses=given,
         interfaces={address: f"eth{index}" for index, address in enumerate(given.values())},
         underlay_mtu=underlay_mtu,
+        underlay=IPv4Address("192.0.2.1"),
     )
 
 

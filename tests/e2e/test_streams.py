@@ -1,0 +1,115 @@
+"""Running connections go on, whatever is done to the mesh around them: numbered packets and a TCP connection tell."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from lab.images import Images
+from proof.deployed import STACK, Deployed, Task, wait_for
+
+from tests.streams import Streams, start_server, stop
+
+pytestmark = pytest.mark.e2e
+
+CALLER, CALLED = "calling", "called"
+PORT = 9000
+LINK = f"hivewire.links={CALLED}:{PORT}/tcp, {CALLED}:{PORT}/udp"
+QUIET_S = 3.0
+"""How long streams run when nothing is waited for."""
+
+
+class Pair:
+    """Two services of one task each, on different nodes, without any label; the server runs in the second one."""
+
+    def __init__(self, mesh: Deployed, stack: ExitStack) -> None:
+        self.mesh = mesh
+        self._stack = stack
+        for name, node in ((CALLED, mesh.lab.nodes[1]), (CALLER, mesh.lab.nodes[2])):
+            constraint = f"node.hostname=={node.name}"
+            mesh.docker(
+                "service", "create", "--detach", "--name", name, "--network", "demo_app", "--constraint", constraint,
+                "--stop-grace-period", "1s", Images().demo, "sleep", "infinity",
+            )  # fmt: skip
+            stack.callback(mesh.docker, "service", "rm", name)
+        self.called, self.caller = (
+            wait_for(f"a task of {name}", lambda name=name: mesh.tasks(name), 60)[0] for name in (CALLED, CALLER)
+        )
+        server = start_server(self._enter(self.called), PORT)
+
+        stack.callback(stop, server)
+        (self.address,) = mesh.addresses(self.called)
+
+    def _enter(self, task: Task) -> tuple[str, ...]:
+        inspected = self.mesh.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container)
+        return self.mesh.lab.node(task.node).enter("nsenter", f"--net={inspected.stdout.strip()}")
+
+    def streams(self, host: str = "") -> Streams:
+        streams = Streams(self._enter(self.caller), host or self.address, PORT)
+        self._stack.callback(streams.kill)
+        return streams
+
+    def label(self, *arguments: str, service: str = CALLER) -> None:
+        self.mesh.update(service, *arguments)
+
+    def routes(self, task: Task) -> bool:
+        """Whether the task sends to the other one through WireGuard."""
+        (other,) = self.mesh.addresses(self.called if task == self.caller else self.caller)
+        return "dev wg0" in self.mesh.in_namespace(task, "ip", "route", "get", other)
+
+    def is_linked(self) -> bool:
+        return self.routes(self.caller) and self.routes(self.called)
+
+    def is_in_clear(self) -> bool:
+        """Nothing of Hivewire is left in either namespace."""
+        links = (self.mesh.in_namespace(task, "ip", "-br", "link") for task in (self.caller, self.called))
+        return not any("wg0" in text for text in links)
+
+    def mode(self, task: Task) -> str:
+        """What the rules in the task's namespace do: ``enforce``, ``observe``, or empty where there are none."""
+        rules = self.mesh.in_namespace(task, "nft", "list", "table", "inet", "hivewire", check=False)
+        return "enforce" if "denied_" in rules else "observe" if "passed_" in rules else ""
+
+
+@pytest.fixture
+def pair(mesh: Deployed) -> Iterator[Pair]:
+    with ExitStack() as stack:
+        yield Pair(mesh, stack)
+
+
+@contextmanager
+def unharmed(pair: Pair, what: str) -> Iterator[None]:
+    """Streams by the task's address run while the block does, and lose nothing."""
+    streams = pair.streams()
+    yield
+    verdict = streams.end()
+    print(f"{what}: {verdict}")
+    assert verdict.is_whole, f"{what}: {verdict}"
+
+
+def new_agent_on(mesh: Deployed, old: Task) -> bool:
+    return any(t.node == old.node and t.container != old.container for t in mesh.tasks(old.service))
+
+
+def test_agents_come_and_go_without_a_packet_lost(pair: Pair) -> None:
+    """Agents killed, replaced and upgraded with another environment: nothing is lost, nothing is sent again."""
+    mesh = pair.mesh
+    pair.label("--label-add", LINK)
+    wait_for("the link", pair.is_linked, 30)
+    agents = [t for t in mesh.tasks(f"{STACK}_agent") if t.node in (pair.caller.node, pair.called.node)]
+    with unharmed(pair, "both agents killed"):
+        for agent in agents:
+            mesh.lab.docker(agent.node, "kill", "--signal", "KILL", agent.container)
+        for agent in agents:
+            wait_for("a new agent", lambda agent=agent: new_agent_on(mesh, agent), 60)
+        mesh.wait_ready(90)
+    for what, arguments in (
+        ("agents replaced", ("--force",)),
+        ("agents upgraded", ("--env-add", "HIVEWIRE_RESYNC_S=59")),
+    ):
+        agents = mesh.tasks(f"{STACK}_agent")
+        with unharmed(pair, what):
+            mesh.update(f"{STACK}_agent", *arguments)
+            for agent in agents:
+                wait_for("a new agent", lambda agent=agent: new_agent_on(mesh, agent), 60)
+            mesh.wait_ready(90)
+    assert pair.is_linked()
