@@ -43,6 +43,8 @@ class DesiredTask:
     """All of it, ready to be compared with what is there."""
 
     mtu: int
+    address: IPv4Address | None
+    """One of the task's own, for the interface."""
     peers: Mapping[PublicKey, PeerSpec]
     routes: frozenset[Route]
     rules: str
@@ -93,6 +95,7 @@ def desired_task(
     )
     return DesiredTask(
         mtu=mtu,
+        address=min(own.values(), default=None),
         peers=specs,
         routes=frozenset(routes),
         rules=text,

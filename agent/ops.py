@@ -49,6 +49,10 @@ class CreateInterface:
     first_port: int
     last_port: int
     """The listen port is the first free one of this range."""
+    address: IPv4Address | None = None
+    """The task's own, which it gets as well: on an interface without any address the kernel takes even a loose check of
+    sources for a strict one (__fib_validate_source in net/ipv4/fib_frontend.c), and drops what a peer sends this way
+    while the task itself still answers another way."""
 
     def __str__(self) -> str:
         return f"create interface mtu {self.mtu}"

@@ -5,6 +5,7 @@ stand before rules send connections there; and what goes away is left in the opp
 """
 
 from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network
 
 from agent.desired import DesiredTask
 from agent.handshakes import AT_ONCE, Turn
@@ -43,20 +44,27 @@ def plan(
     now: float,
     prune: bool,
     turn: Turn = AT_ONCE,
+    held: frozenset[IPv4Network] = frozenset(),
 ) -> tuple[Op, ...]:
     """What to do, in order. ``new_key`` is used only where there is no interface yet.
 
     ``prune``: whether what the records do not name may be removed. False while the store may be incomplete.
+    ``held``: destinations that are not routed yet (agent/moving.py).
     """
-    return tuple(_steps(desired, observed, new_key, node, now, prune, turn))
+    return tuple(_steps(desired, observed, new_key, node, now, prune, turn, held))
 
 
-def plan_removal(observed: ObservedTask) -> tuple[Op, ...]:
-    """Leave nothing of ours: the service is not in the mesh any more."""
+def plan_removal(observed: ObservedTask, *, receiving: bool = False) -> tuple[Op, ...]:
+    """Leave nothing of ours: the service is not in the mesh any more.
+
+    ``receiving``: keep the interface with its peers, for those that still send to it.
+    """
     ops: list[Op] = []
     if observed.rules:
         ops.append(RemoveRules())
-    if observed.interface is not None:
+    if receiving:
+        ops += [RemoveRoute(route) for route in sorted(observed.routes, key=str)]
+    elif observed.interface is not None:
         ops.append(RemoveInterface())
     return tuple(ops)
 
@@ -95,10 +103,11 @@ def _steps(
     now: float,
     prune: bool,
     turn: Turn,
+    held: frozenset[IPv4Network],
 ) -> Iterator[Op]:
     interface = observed.interface
     if interface is None:
-        yield CreateInterface(new_key, desired.mtu, node.first_port, node.last_port)
+        yield CreateInterface(new_key, desired.mtu, node.first_port, node.last_port, desired.address)
     elif interface.mtu != desired.mtu:
         yield SetMtu(desired.mtu)
     if interface is None or not interface.is_up:
@@ -109,7 +118,8 @@ def _steps(
     # A link that goes down takes its routes with it.
     routes = observed.routes if interface is not None and interface.is_up else frozenset()
     for route in sorted(desired.routes - routes, key=str):
-        yield AddRoute(route)
+        if route.destination not in held:
+            yield AddRoute(route)
     wanted = {r.destination for r in desired.routes}
     # Rules are replaced as a whole: while records may be missing, only by such that know all that is in place.
     knows_all = there.keys() <= desired.peers.keys() and {r.destination for r in routes} <= wanted

@@ -10,13 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
 from typing import Final, Protocol
+
+import msgspec
 
 from agent.book import Book
 from agent.denials import DenialBook
 from agent.desired import DesiredTask, TaskFacts, desired_task
+from agent.grace import LOOK_S, Grace
 from agent.handshakes import Handshakes, Turn
 from agent.kernel.api import Kernel, Session
+from agent.moving import Moving, Undecided, in_clear, undecided
 from agent.observed import Bridge, ObservedInterface, ObservedTask
 from agent.ops import CreateInterface, Op, RemoveRules, SetRules
 from agent.own import OwnRecords
@@ -55,6 +60,8 @@ from hivewire.store.mirror import Mirror
 from hivewire.workqueue import WorkQueue
 
 _FOLLOWED_ALWAYS: Final = (MESH_KEY, QUARANTINES)
+#: Agents hear of the same record some tens of milliseconds apart, and of two records of one change likewise.
+RECEIVING_S: Final = 3.0
 
 
 class Tasks(Protocol):
@@ -99,6 +106,7 @@ class TaskReconciler:
         book: Book,
         bridge: Callable[[], Bridge | None] = lambda: None,
         paths: Paths = lambda _endpoints: {},
+        grace: Grace | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -111,6 +119,7 @@ class TaskReconciler:
         self._queue = queue
         self._book = book
         self._paths = paths
+        self._grace = grace or Grace(monotonic)
         self._monotonic = monotonic
         self._now = now
         self._log = logs.get()
@@ -120,6 +129,9 @@ class TaskReconciler:
         self._outdated: set[TaskId] = set()
         self._services: dict[TaskId, ServiceId] = {}
         self._handshakes = Handshakes()
+        self._moving = Moving()
+        # Tasks that send in clear again and still receive, until when.
+        self._leaving: dict[TaskId, float] = {}
         self._denials = DenialBook(now, monotonic)
         self._needs: dict[TaskId, frozenset[str]] = {}
         self._stopping: set[TaskId] = set()
@@ -234,12 +246,15 @@ class TaskReconciler:
             return self._reopen(local) if settled else Outcome(local.task, "no policy yet")
         if policy.mode is Mode.OFF:
             return self._leave(local)
+        with self._lock:
+            self._leaving.pop(local.task, None)
         node, calls_before = self._node(), self._kernel.calls
         with self._session(local) as session:
             observed = session.observe()
             peers = {s: self._peers(s) for s in policy.linked_services}
-            facts = self._facts(local, policy, observed, node, peers)
-            desired = desired_task(facts, policy, peers)
+            policy, flows = self._lenient(local, policy, session, observed)
+            desired = desired_task(self._facts(local, policy, observed, node, peers), policy, peers)
+            held = self._held(desired, observed, policy, session, flows)
             ops = plan(
                 desired,
                 observed,
@@ -248,6 +263,7 @@ class TaskReconciler:
                 now=self._now(),
                 prune=settled and not any(self._book.is_in_doubt(peers_prefix(it)) for it in policy.linked_services),
                 turn=self._turn(local, desired, observed.interface),
+                held=held.destinations,
             )
             if ops:
                 self._save_notes(local, session, observed, ops)
@@ -264,14 +280,55 @@ class TaskReconciler:
                 status_key(node.node, local.task): _status(local, node, policy, interface),
             }
         )
-        wait_s = self._handshakes.wait_s(local.task, self._monotonic())
-        if wait_s is not None:
-            self._queue.add_after(local.task, wait_s)
+        self._look_again(local, held)
         if not ops:
             return Outcome(local.task, "in order")
         is_new = isinstance(ops[0], CreateInterface)
         since_start_s = round(ready_at - local.started_at, 4) if is_new and local.started_at else None
         return Outcome(local.task, "configured", ops, self._kernel.calls - calls_before, since_start_s)
+
+    def _lenient(
+        self, local: LocalTask, policy: PolicyRecord, session: Session, observed: ObservedTask
+    ) -> tuple[PolicyRecord, frozenset[IPv4Address] | None]:
+        """The policy as it is to be applied now, and the connections under way where it took them to know."""
+        if policy.mode is not Mode.ENFORCE:
+            self._grace.forget(local.container)
+            return policy, None
+        if not self._grace.holds(local.container):
+            return policy, None
+        flows = session.flows()
+        subnets = [IPv4Network(s) for network in policy.networks for s in network.subnets if ":" not in s]
+        self._grace.look(
+            local.container, moved=observed.interface is not None and not in_clear(flows, observed, subnets)
+        )
+        if not self._grace.holds(local.container):
+            return policy, flows
+        return msgspec.structs.replace(policy, mode=Mode.OBSERVE), flows
+
+    def _held(
+        self,
+        desired: DesiredTask,
+        observed: ObservedTask,
+        policy: PolicyRecord,
+        session: Session,
+        flows: frozenset[IPv4Address] | None,
+    ) -> Undecided:
+        """What is not routed yet, for connections that would break. In ``enforce`` the old way is closed anyhow."""
+        candidates = undecided(desired, observed)
+        if policy.mode is Mode.ENFORCE or not candidates:
+            return Undecided()
+        return candidates.held(session.flows() if flows is None else flows)
+
+    def _look_again(self, local: LocalTask, held: Undecided) -> None:
+        """What nobody tells of: handshakes that one waits for, and the end of connections."""
+        now = self._monotonic()
+        with self._lock:
+            moving_s = self._moving.wait_s(local.task, held, now)
+        waits = [self._handshakes.wait_s(local.task, now), moving_s]
+        waits += [LOOK_S] if self._grace.holds(local.container) else []
+        known = [wait for wait in waits if wait is not None]
+        if known:
+            self._queue.add_after(local.task, min(known))
 
     def _turn(self, local: LocalTask, desired: DesiredTask, interface: ObservedInterface | None) -> Turn:
         """Others can know the task's key once it was claimed."""
@@ -300,6 +357,7 @@ class TaskReconciler:
             node.underlay_mtu,
             node.underlay_address,
             self._paths(peer.endpoint for records in peers.values() for peer in records),
+            self._way_out(local, observed),
         )
 
     def _way_out(self, local: LocalTask, observed: ObservedTask) -> WayOut | None:
@@ -346,31 +404,51 @@ class TaskReconciler:
         """
         with suppress(NamespaceGone), self._session(local) as session:
             observed = session.observe()
+            if observed.interface is None and not observed.rules:
+                self._grace.seen_in_clear(local.container)
             if observed.interface is not None or not is_closed(observed.rules):
                 return Outcome(local.task, "no policy")
         return self._leave(local)
 
     def _leave(self, local: LocalTask) -> Outcome:
         ops: tuple[Op, ...] = ()
+        receiving = False
         # Nothing of ours is in a namespace that is gone, nor in the node's own, where tasks on its network are.
         with suppress(NamespaceGone), self._session(local) as session:
             observed = session.observe()
-            ops = plan_removal(observed)
+            if observed.interface is not None:
+                # The other side may send through it until it has heard of this as well.
+                with self._lock:
+                    ends_at = self._leaving.setdefault(local.task, self._monotonic() + RECEIVING_S)
+                receiving = self._monotonic() < ends_at
+            ops = plan_removal(observed, receiving=receiving)
             self._save_notes(local, session, observed, ops)
             session.apply(ops)
-        self._kernel.forget(local.task)
+            if not receiving:
+                self._grace.forget(local.container)
+                self._grace.seen_in_clear(local.container)
         self._unwrite(local.task)
+        if receiving:
+            self._queue.add_after(local.task, RECEIVING_S)
+            return Outcome(local.task, "leaves the mesh", ops)
+        with self._lock:
+            self._leaving.pop(local.task, None)
+        self._kernel.forget(local.task)
         return Outcome(local.task, "left the mesh" if ops else "not in the mesh", ops)
 
     def _forget(self, task: TaskId) -> Outcome:
         with self._lock:
             known = self._services.pop(task, None)
-            self._local.pop(task, None)
+            local = self._local.pop(task, None)
+            self._moving.forget(task)
+            self._leaving.pop(task, None)
             self._outdated.discard(task)
             self._needs.pop(task, None)
             self._handshakes.forget(task)
             self._stopping.discard(task)
             self._refollow()
+        if local is not None:
+            self._grace.forget(local.container)
         self._denials.leave(task)
         self._kernel.forget(task)
         self._unwrite(task)

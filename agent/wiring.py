@@ -13,6 +13,7 @@ import threading
 import time
 
 from agent.book import Book
+from agent.grace import Grace
 from agent.guard.loops import Guard
 from agent.kernel.api import Kernel
 from agent.kernel.bridge import way_out
@@ -74,6 +75,7 @@ def run(settings: AgentSettings) -> bool:
         doubts=lambda: (*book.doubts(), *guard_book.doubts()),
     )
     paths = PathWatch(PathSockets(), lambda: presence.record.underlay_mtu, lambda: queue_all(reconciler))
+    grace = Grace()
     reconciler = TaskReconciler(
         node=lambda: presence.record,
         tasks=tasks,
@@ -84,8 +86,9 @@ def run(settings: AgentSettings) -> bool:
         book=book,
         bridge=lambda: way_out(calls),
         paths=paths,
+        grace=grace,
     )
-    guard = Guard(tasks, store, guard_book, settings.namespaces, settings.resync_s, record.node)
+    guard = Guard(tasks, store, guard_book, settings.namespaces, settings.resync_s, record.node, grace)
     server = ReportServer(
         (str(record.underlay_address), settings.report_port),
         identity,

@@ -7,6 +7,7 @@ Python runs them.
 
 import argparse
 import json
+import os
 import select
 import socket
 import struct
@@ -40,16 +41,22 @@ def sent_again(tcp: socket.socket) -> int:
 
 
 def serve(port: int) -> None:
-    """Echo until killed."""
+    """Echo until standard input ends."""
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO: answer from the address that was asked
     udp.bind(("", port))
     listener = socket.create_server(("", port))
     threading.Thread(target=_accept, args=(listener,), daemon=True).start()
+    threading.Thread(target=_end_with_input, daemon=True).start()
     print("ready", flush=True)
     while True:
         data, sent_to, _, sender = udp.recvmsg(2048, 256)
         udp.sendmsg([data], sent_to, 0, sender)
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
 
 
 def _accept(listener: socket.socket) -> None:
@@ -151,10 +158,17 @@ class Verdict:
         return self.server_again + self.client_again
 
     @property
-    def is_whole(self) -> bool:
-        """Nothing was lost, sent again or broken, and there was something to lose."""
-        answered = self.tcp_sent == self.tcp_back > 0 and not self.tcp_broken
-        return self.udp_sent > 0 and self.lost == 0 and self.sent_again == 0 and answered
+    def goes_on(self) -> bool:
+        """Nothing was lost or broken, and there was something to lose.
+
+        A way that takes longer than the one before makes TCP send its last segments again, though they were not lost.
+        """
+        return self.udp_sent > 0 and self.lost == 0 and self.tcp_sent == self.tcp_back > 0 and not self.tcp_broken
+
+    @property
+    def is_untouched(self) -> bool:
+        """Nothing was sent again either."""
+        return self.goes_on and self.sent_again == 0
 
 
 class Streams:
@@ -175,16 +189,22 @@ class Streams:
 
 
 def start_server(enter: Sequence[str], port: int) -> "subprocess.Popen[str]":
-    """A server in the namespace that ``enter`` leads to; the caller kills it."""
+    """A server in the namespace that ``enter`` leads to; the caller stops it."""
     command = [*enter, sys.executable, __file__, "serve", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     _await(process, "ready", f"no server on port {port}")
     return process
 
 
 def stop(process: "subprocess.Popen[str]") -> None:
+    """End it. What enters a namespace of processes stays outside itself, so the program ends with its input."""
     with process:
-        process.kill()
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            process.wait(_LAST_S + 3)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _await(process: "subprocess.Popen[str]", word: str, otherwise: str) -> None:

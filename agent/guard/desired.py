@@ -56,14 +56,17 @@ def guard(
     macs: frozenset[str] = frozenset(),
     ports: Mapping[str, frozenset[int]] = MappingProxyType({}),
     shut_out: Set[ContainerId] = frozenset(),
+    spared: Set[ContainerId] = frozenset(),
 ) -> Rules:
     """``macs`` are the hardware addresses that the bridge still sees behind local ports, ``ports`` the indices of its
     ports that lead into the namespaces of these paths, ``shut_out`` those in quarantine, whatever their service's mode.
+    ``spared`` ran in clear until now and may for a moment more (agent/grace.py); a strict network spares nobody.
     """
     enforced = frozenset(record.enforced)
 
     def is_closed(holder: Holder) -> bool:
-        return holder.service in enforced or holder.container in shut_out
+        is_enforced = holder.service in enforced and holder.container not in spared
+        return is_enforced or holder.container in shut_out
 
     owners = {address: tuple(_owners(here, macs)) for address, here in _by_address(local.holders).items()}
     if record.strict:

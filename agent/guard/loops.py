@@ -13,6 +13,7 @@ from typing import Final
 
 from agent.book import Book
 from agent.denials import DenialBook
+from agent.grace import Grace
 from agent.guard.reconciler import GuardReconciler, Outcome
 from agent.kernel.edges import NodeEdges
 from agent.kernel.inotify import NewFiles
@@ -33,7 +34,14 @@ class Guard:
     """Builds the guard and runs it."""
 
     def __init__(
-        self, tasks: LocalTasks, store: Store, book: Book, folder: Path, resync_s: float, node: NodeId
+        self,
+        tasks: LocalTasks,
+        store: Store,
+        book: Book,
+        folder: Path,
+        resync_s: float,
+        node: NodeId,
+        grace: Grace | None = None,
     ) -> None:
         self._tasks = tasks
         self._folder = folder
@@ -52,6 +60,7 @@ class Guard:
             node=node,
             # Whose addresses they are is for the controller to say: they are of no single task.
             notes=lambda file, space: self._denials.read(TaskId(file), ServiceId(""), space),
+            spares=(grace or Grace()).holds,
         )
         self._threads = [
             threading.Thread(target=self._watch_files, name="guard-files"),

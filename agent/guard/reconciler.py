@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Final, Protocol
 
 from agent.book import Book
+from agent.grace import LOOK_S
 from agent.guard import edge
 from agent.guard.desired import LocalNetwork, guard
 from agent.guard.render import SHUT, Closed, Count, Rules, render
@@ -72,8 +74,14 @@ class GuardReconciler:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         notes: Callable[[str, Space], None] = lambda _file, _space: None,
+        spares: Callable[[ContainerId], bool] = lambda _container: False,
     ) -> None:
-        """``notes`` takes down what the guard of a file's namespace noted, before its table is replaced."""
+        """``notes`` takes down what the guard of a file's namespace noted, before its table is replaced.
+
+        ``spares`` tells who ran in clear until now and may for a moment more.
+        """
+        self._spares = spares
+        self._closed: dict[str, frozenset[IPv4Address]] = {}
         self._notes = notes
         self._networks = networks
         self._overlays = overlays
@@ -140,12 +148,14 @@ class GuardReconciler:
         if file not in self._overlays.list():
             with self._lock:
                 self._created.pop(file, None)
+                self._closed.pop(file, None)
             return Outcome(file, "is gone")
         record = self._record(file)
         outdated = self._remove_outdated_edges(file)
         if record is None:  # a deletion says nothing: whoever gets at etcd can delete
             return Outcome(file, "no guard known", ops=outdated)
         if not (record.strict or record.enforced):
+            self._closed[file] = frozenset()
             return self._release(record, file)
         with self._opened(file) as space:
             observed = space.observe()
@@ -156,8 +166,12 @@ class GuardReconciler:
             local = self._networks.network(record.network, record.name)
             if local.is_forming:
                 self._queue.add_after(file, FORMING_S)
+            spared = self._spared(file, record, local, is_known=not observed.digest)
+            if spared:
+                self._queue.add_after(file, LOOK_S)
             ports = space.ports({h.sandbox for h in local.holders if h.sandbox})
-            rules, since_created_s = guard(record, local, observed.macs, ports, self._shut_out(local)), None
+            rules, since_created_s = guard(record, local, observed.macs, ports, self._shut_out(local), spared), None
+            self._closed[file] = frozenset(rules.addresses if isinstance(rules, Closed) else ())
             if render(rules)[1] != digest:
                 if observed.digest:
                     self._save_notes(file, space)
@@ -210,6 +224,14 @@ class GuardReconciler:
         for name in outdated:
             self._edges.remove(name)
         return tuple(f"remove the edge {name}" for name in outdated)
+
+    def _spared(self, file: str, record: GuardRecord, local: LocalNetwork, *, is_known: bool) -> frozenset[ContainerId]:
+        """Nobody whom a table has closed already: sparing only puts off what is not there yet."""
+        closed = self._closed.get(file)
+        if record.strict or (closed is None and not is_known):
+            return frozenset()
+        here = [h for h in local.holders if h.service in record.enforced and h.address not in (closed or ())]
+        return frozenset(h.container for h in here if self._spares(h.container))
 
     def counts(self) -> dict[str, dict[str, Count]]:
         """What the guard dropped, by file and counter, since its table is there."""

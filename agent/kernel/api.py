@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Final, Protocol
 
 from agent.observed import NotedCounters, NotedEntry, ObservedTask
@@ -47,6 +48,12 @@ class Session(Protocol):
 
         What exists already is done, and so is the removal of what is absent. Raises NamespaceGone, KernelBusy,
         NoPermission, NoWireGuard; the operations before the failing one stay applied.
+        """
+
+    def flows(self) -> frozenset[IPv4Address]:
+        """Both ends of the connections under way; an address that a rule gave another one for is none of them.
+
+        Raises KernelBusy.
         """
 
     def noted_counters(self) -> NotedCounters:

@@ -22,9 +22,18 @@ _IPCTNL_MSG_CT_GET: Final = 1
 _IPCTNL_MSG_CT_DELETE: Final = 2
 _CTA_TUPLE_ORIG: Final = 1
 _CTA_TUPLE_REPLY: Final = 2
+_CTA_STATUS: Final = 3
+_CTA_PROTOINFO: Final = 4
 _CTA_ID: Final = 12
 _CTA_ZONE: Final = 18
 _CTA_TUPLE_IP: Final = 1
+_CTA_TUPLE_PROTO: Final = 2
+_CTA_PROTO_NUM: Final = 1
+_CTA_PROTOINFO_TCP: Final = 1
+_CTA_PROTOINFO_TCP_STATE: Final = 1
+_IPS_SEEN_REPLY: Final = 2
+# TIME_WAIT and CLOSE (linux/netfilter/nf_conntrack_tcp.h).
+_TCP_OVER: Final = (bytes([7]), bytes([8]))
 _CTA_IP_V4_SRC: Final = 1
 _CTA_IP_V4_DST: Final = 2
 _BODY_AT: Final = 20
@@ -57,6 +66,35 @@ def forget(netlink: Netlink, addresses: Set[IPv4Address]) -> int:
         if outcome is not None and outcome.errno != errno.ENOENT:  # it ended meanwhile
             raise outcome
     return len(outcomes)
+
+
+def ends(netlink: Netlink) -> frozenset[IPv4Address]:
+    """Both ends of every connection that is under way, as its packets have them: a translated destination is left out.
+
+    One is under way once it was answered; over UDP from its first packet on, since some never are. A kernel that tracks
+    connections without telling of them has none. Raises OSError.
+    """
+    try:
+        messages = netlink.dump(Request(_NFNL_SUBSYS_CTNETLINK << 8 | _IPCTNL_MSG_CT_GET, _OF_IPV4))
+    except OSError as error:
+        if error.errno in _LACKING:
+            return frozenset()
+        raise
+    found = set[bytes]()
+    for message in messages:
+        parts = dict(attributes(message, _BODY_AT))
+        if _is_under_way(parts):
+            found.update(_addresses(parts.get(_CTA_TUPLE_REPLY, b"")))
+    return frozenset(IPv4Address(address) for address in found)
+
+
+def _is_under_way(parts: dict[int, bytes]) -> bool:
+    protocol = dict(attributes(dict(attributes(parts.get(_CTA_TUPLE_ORIG, b""), 0)).get(_CTA_TUPLE_PROTO, b""), 0))
+    if protocol.get(_CTA_PROTO_NUM) != bytes([socket.IPPROTO_TCP]):
+        return True
+    tcp = dict(attributes(dict(attributes(parts.get(_CTA_PROTOINFO, b""), 0)).get(_CTA_PROTOINFO_TCP, b""), 0))
+    is_answered = int.from_bytes(parts.get(_CTA_STATUS, b"")) & _IPS_SEEN_REPLY != 0
+    return is_answered and tcp.get(_CTA_PROTOINFO_TCP_STATE) not in _TCP_OVER
 
 
 def _identity(message: bytes, wanted: Set[bytes]) -> Iterator[bytes]:

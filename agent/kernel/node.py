@@ -5,6 +5,8 @@ import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Final, Protocol, assert_never
 
 from agent.kernel import conntrack, nftables, rtnetlink
@@ -34,6 +36,8 @@ from hivewire.ids import TaskId
 from hivewire.records import Address
 
 _NAME_PREFIX: Final = "hw"
+_STRICT: Final = 1
+"""rp_filter (Documentation/networking/ip-sysctl.rst)."""
 _IFNAMSIZ: Final = 15
 """Without the zero at the end (linux/if.h)."""
 
@@ -152,6 +156,11 @@ def translated(doing: str) -> Iterator[None]:
         raise translate(error, doing) from error
 
 
+def _source_check(name: str) -> int:
+    """rp_filter of an interface, in the namespace of the thread."""
+    return int(Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").read_text())
+
+
 class _NodeSession:
     def __init__(self, place: Place, driver: Driver, calls: Calls) -> None:
         self._place = place
@@ -169,7 +178,7 @@ class _NodeSession:
             addresses = {
                 found.address: links[found.index].name
                 for found in rtnetlink.addresses(routes)
-                if found.index in links and not links[found.index].is_loopback
+                if found.index in links and not links[found.index].is_loopback and not self._is_ours(links[found.index])
             }
             rules = "" if self._place.tables is None else nftables.applied(self._place.tables)
             link = self._find_link()
@@ -188,6 +197,12 @@ class _NodeSession:
                 except BaseException:
                     self._looked = False
                     raise
+
+    def flows(self) -> frozenset[IPv4Address]:
+        if self._place.tables is None:
+            return frozenset()
+        with translated("read the tracked connections"):
+            return conntrack.ends(self._place.tables)
 
     def noted_counters(self) -> NotedCounters:
         if self._place.tables is None:
@@ -271,6 +286,21 @@ class _NodeSession:
         if there is not None:
             rtnetlink.remove_link(self._place.routes, there.index)
         self._saw(self._driver.create(self._place, op))
+        if op.address is not None:
+            rtnetlink.add_address(self._place.routes, self._link().index, op.address)
+        # Only a matter of running connections being switched over: for a moment they come the other way.
+        with contextlib.suppress(OSError):
+            self._loosen_strict_checks()
+
+    def _loosen_strict_checks(self) -> None:
+        links = [link for link in rtnetlink.links(self._place.routes).values() if not link.is_loopback]
+
+        def strict() -> list[Link]:
+            everywhere = _source_check("all")
+            return [link for link in links if max(everywhere, _source_check(link.name)) == _STRICT]
+
+        for link in namespaces.run_in(self._place.namespace, strict):
+            rtnetlink.loosen_source_check(self._place.routes, link.index)
 
     def _set_up(self) -> None:
         link = self._link()

@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 import sys
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ _RTM_NEWLINK: Final = 16
 _RTM_DELLINK: Final = 17
 _RTM_GETLINK: Final = 18
 _RTM_SETLINK: Final = 19
+_RTM_NEWADDR: Final = 20
 _RTM_GETADDR: Final = 22
 _RTM_NEWROUTE: Final = 24
 _RTM_DELROUTE: Final = 25
@@ -436,6 +436,13 @@ _WITHOUT_STATISTICS: Final = attribute(_IFLA_EXT_MASK, _u32(_RTEXT_FILTER_SKIP_S
 def addresses(netlink: Netlink) -> list[Address]:
     """All IPv4 addresses of the namespace. Raises OSError, KernelBusy."""
     return [Address(IPv4Address(raw), index) for raw, index in _addresses(netlink, socket.AF_INET)]
+
+
+def add_address(netlink: Netlink, index: int, address: IPv4Address) -> None:
+    """Give an interface an address of its own, without a network; it is no error if it has it. Raises OSError."""
+    body = _ADDRESS.pack(socket.AF_INET, address.max_prefixlen, 0, 0, index)
+    body += attribute(_IFA_LOCAL, address.packed) + attribute(_IFA_ADDRESS, address.packed)
+    netlink.ask(Request(_RTM_NEWADDR, body, NLM_F_CREATE | NLM_F_REPLACE))
 
 
 def interface_of(netlink: Netlink, address: IPv4Address | IPv6Address) -> int | None:

@@ -13,8 +13,9 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from agent.book import Book
+from agent.grace import Grace
 from agent.kernel.paths import PathSockets
-from agent.ops import Op
+from agent.ops import ForgetFlows, Op
 from agent.paths import PathWatch
 from agent.reconciler import TaskReconciler
 from agent.seen import Seen
@@ -88,10 +89,19 @@ class OverlayBench(RealBench):
             add chain ip balancer in {{ type nat hook prerouting priority -100; }}
             add rule ip balancer in ip daddr {VIP} dnat to {backend.address}
             add chain ip balancer out {{ type nat hook postrouting priority 100; }}
-            add rule ip balancer out ip daddr {backend.address} snat to {_BALANCER}
+            add rule ip balancer out ct status dnat ip daddr {backend.address} snat to {_BALANCER}
         """
         _run(self._overlay, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         _run(self._overlay, "nft", rules)
+
+    def forget(self, task: Task, address: IPv4Address) -> None:
+        """Let the namespace forget the tracked connections with an address."""
+
+        def work() -> None:
+            with task.kernel.open(task.namespace) as session:
+                session.apply([ForgetFlows(frozenset({address}))])
+
+        self.on(task.node, work)
 
     def enter(self, task: Task) -> tuple[str, ...]:
         return ("nsenter", f"--net={_path(self._holders[task.path])}")
@@ -146,6 +156,7 @@ class Agent:
             signatures=Unsigned(),
             book=Book(Unsigned(), Seen()),
             paths=self.paths,
+            grace=Grace(known_s=0.2),
         )
         self.reconciler.resync()
 

@@ -55,8 +55,8 @@ def test_restarted_agents_touch_nothing(world: World, mode: Mode) -> None:
     cluster = world.cluster
     cluster.link("calling", "called", modes=(mode, mode))
     cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
-    direct, balanced = world.streams(), world.streams(VIP)
     cluster.work(3.0)  # all that is still to do, such as a handshake that one side waited for
+    direct, balanced = world.streams(), world.streams(VIP)
     revision = cluster.store.list("/").revision
     for _ in range(3):
         cluster.restart()
@@ -65,4 +65,119 @@ def test_restarted_agents_touch_nothing(world: World, mode: Mode) -> None:
     assert cluster.store.list("/").revision == revision
     for verdict in (direct.end(), balanced.end()):
         print(verdict)
-        assert verdict.is_whole, verdict
+        assert verdict.is_untouched, verdict
+
+
+def test_a_link_opens_around_running_connections(world: World) -> None:
+    """In observe, streams from before by address and by VIP go on; one that begins meanwhile loses nothing either."""
+    cluster = world.cluster
+    world.bench.balance(world.called)
+    direct, balanced = world.streams(), world.streams(VIP)
+    cluster.link("calling", "called")
+    cluster.until(lambda: all(map(cluster.has_interface, world.tasks)), "interfaces")
+    during = world.streams(VIP)
+    cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+    cluster.work(2.0)
+    for verdict in (direct.end(), during.end(), balanced.end()):
+        print(verdict)
+        assert verdict.goes_on, verdict
+
+
+def test_the_vip_moves_when_its_last_old_connection_has_ended(world: World) -> None:
+    """A connection that Swarm balanced keeps its way; without one the VIP is routed, and fails closed, at once."""
+    cluster = world.cluster
+    world.bench.balance(world.called)
+    balanced = world.streams(VIP)
+    cluster.link("calling", "called")
+    cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+    assert cluster.goes_through(world.caller, VIP) == "eth0"
+    assert (verdict := balanced.end()).goes_on, verdict
+    # A stream over UDP is remembered for two minutes after its last packet.
+    world.bench.forget(world.caller, VIP)
+    cluster.until(lambda: cluster.goes_through(world.caller, VIP) == "wg0", "the VIP's route")
+    fresh = world.streams(VIP)
+    cluster.work(1.0)
+    assert (verdict := fresh.end()).goes_on, verdict
+
+
+def test_nobody_sends_to_a_side_that_does_not_know_it(world: World) -> None:
+    """While the other side has not accepted us, running connections go on in clear; then they move."""
+    cluster = world.cluster
+    direct = world.streams()
+    # The called task never learns of the caller's key.
+    cluster.admits = lambda claim: claim.task == world.called.id
+    cluster.link("calling", "called")
+    cluster.until(lambda: all(map(cluster.has_interface, world.tasks)), "interfaces")
+    cluster.work(3.0)
+    assert not cluster.are_linked(*world.tasks)
+    cluster.admits = lambda _claim: True
+    cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+    cluster.work(1.0)
+    assert (verdict := direct.end()).goes_on, verdict
+
+
+def test_a_fresh_task_waits_for_nobody(world: World) -> None:
+    """Where nothing runs between two tasks yet, routes are there as soon as the peer is known."""
+    cluster = world.cluster
+    cluster.admits = lambda claim: claim.task == world.called.id
+    cluster.link("calling", "called")
+    cluster.until(lambda: cluster.goes_through(world.caller, world.called.address) == "wg0", "the caller's route")
+    assert cluster.goes_through(world.caller, VIP) == "wg0"
+
+
+@pytest.mark.parametrize("called", [Mode.OBSERVE, Mode.ENFORCE])
+def test_enforcement_waits_for_running_connections_to_move(world: World, called: Mode) -> None:
+    """A service that ran in clear is enforced when its linked connections have moved, and loses nothing."""
+    cluster = world.cluster
+    direct = world.streams()
+    cluster.work(0.5)  # the agents have seen that it is in no mesh
+    cluster.link("calling", "called", modes=(Mode.ENFORCE, called))
+    cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+    cluster.until(lambda: world.is_enforced(world.caller), "enforcement")
+    if called is Mode.ENFORCE:
+        cluster.until(lambda: world.is_enforced(world.called), "enforcement")
+    cluster.work(1.0)
+    assert (verdict := direct.end()).goes_on, verdict
+
+
+def test_enforcement_does_not_wait_forever(world: World) -> None:
+    """What cannot move is cut in the end: in enforce nothing stays in clear."""
+    cluster = world.cluster
+    direct = world.streams()
+    cluster.work(0.5)
+    cluster.admits = lambda claim: claim.task == world.called.id
+    cluster.link("calling", "called", modes=(Mode.ENFORCE, Mode.OBSERVE))
+    cluster.until(lambda: world.is_enforced(world.caller), "enforcement", 30)
+    cluster.work(0.5)
+    assert not direct.end().goes_on
+
+
+def test_a_new_task_of_an_enforced_service_gets_no_grace(world: World) -> None:
+    """Its namespace is closed in the first pass, whatever it has open."""
+    cluster = world.cluster
+    cluster.link("calling", "called", modes=(Mode.ENFORCE, Mode.OBSERVE))
+    cluster.until(lambda: world.is_enforced(world.caller), "enforcement")
+    late = cluster.run("calling", 0)
+    streams = world.streams(source=late)
+    cluster.agents[0].ops.clear()
+    cluster.agents[0].step()
+    assert world.is_enforced(late)
+    assert not streams.end().goes_on
+
+
+def test_a_link_closes_around_running_connections(world: World) -> None:
+    """Services that leave the mesh keep what runs between them, in clear again."""
+    cluster = world.cluster
+    cluster.link("calling", "called")
+    cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+    direct, balanced = world.streams(), world.streams(VIP)
+    cluster.work(1.0)
+    cluster.unlink("calling")
+    cluster.agents[0].step()
+    cluster.work(0.3)
+    cluster.unlink("called")
+    cluster.until(lambda: not any(map(cluster.has_interface, world.tasks)), "nothing left")
+    cluster.work(0.5)
+    for verdict in (direct.end(), balanced.end()):
+        print(verdict)
+        assert verdict.goes_on, verdict

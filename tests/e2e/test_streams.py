@@ -30,6 +30,7 @@ class Pair:
                 "service", "create", "--detach", "--name", name, "--network", "demo_app", "--constraint", constraint,
                 "--stop-grace-period", "1s", Images().demo, "sleep", "infinity",
             )  # fmt: skip
+            stack.callback(wait_for, f"{name} gone", lambda name=name: not mesh.tasks(name), 60)
             stack.callback(mesh.docker, "service", "rm", name)
         self.called, self.caller = (
             wait_for(f"a task of {name}", lambda name=name: mesh.tasks(name), 60)[0] for name in (CALLED, CALLER)
@@ -77,13 +78,14 @@ def pair(mesh: Deployed) -> Iterator[Pair]:
 
 
 @contextmanager
-def unharmed(pair: Pair, what: str) -> Iterator[None]:
+def unharmed(pair: Pair, what: str, *, untouched: bool = False) -> Iterator[None]:
     """Streams by the task's address run while the block does, and lose nothing."""
     streams = pair.streams()
     yield
     verdict = streams.end()
     print(f"{what}: {verdict}")
-    assert verdict.is_whole, f"{what}: {verdict}"
+    assert verdict.goes_on, f"{what}: {verdict}"
+    assert verdict.is_untouched or not untouched, f"{what}: {verdict}"
 
 
 def new_agent_on(mesh: Deployed, old: Task) -> bool:
@@ -96,7 +98,7 @@ def test_agents_come_and_go_without_a_packet_lost(pair: Pair) -> None:
     pair.label("--label-add", LINK)
     wait_for("the link", pair.is_linked, 30)
     agents = [t for t in mesh.tasks(f"{STACK}_agent") if t.node in (pair.caller.node, pair.called.node)]
-    with unharmed(pair, "both agents killed"):
+    with unharmed(pair, "both agents killed", untouched=True):
         for agent in agents:
             mesh.lab.docker(agent.node, "kill", "--signal", "KILL", agent.container)
         for agent in agents:
@@ -107,9 +109,31 @@ def test_agents_come_and_go_without_a_packet_lost(pair: Pair) -> None:
         ("agents upgraded", ("--env-add", "HIVEWIRE_RESYNC_S=59")),
     ):
         agents = mesh.tasks(f"{STACK}_agent")
-        with unharmed(pair, what):
+        with unharmed(pair, what, untouched=True):
             mesh.update(f"{STACK}_agent", *arguments)
             for agent in agents:
                 wait_for("a new agent", lambda agent=agent: new_agent_on(mesh, agent), 60)
             mesh.wait_ready(90)
     assert pair.is_linked()
+
+
+def test_a_link_of_running_services_comes_and_goes(pair: Pair) -> None:
+    """In observe: streams from before go on while their link opens, and those that began meanwhile while it closes."""
+    with unharmed(pair, "the mesh enabled"):
+        pair.label("--label-add", LINK, "--label-add", "hivewire.mode=observe")
+        wait_for("the link", pair.is_linked, 30)
+        later = pair.streams()
+    with unharmed(pair, "the mesh disabled"):
+        pair.label("--label-rm", "hivewire.links", "--label-rm", "hivewire.mode")
+        wait_for("nothing of Hivewire left", pair.is_in_clear, 30)
+    assert (verdict := later.end()).goes_on, verdict
+
+
+def test_a_running_service_is_enforced_without_a_packet_lost(pair: Pair) -> None:
+    """In enforce too: what is linked has moved before anything is closed."""
+    with unharmed(pair, "the mesh enforced"):
+        pair.label("--label-add", LINK)
+        wait_for("the link", pair.is_linked, 30)
+        wait_for("enforcement", lambda: pair.mode(pair.caller) == "enforce", 30)
+        later = pair.streams()
+    assert (verdict := later.end()).goes_on, verdict

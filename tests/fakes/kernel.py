@@ -315,6 +315,9 @@ class FakeSession:
             case _:
                 assert_never(op)
 
+    def flows(self) -> frozenset[IPv4Address]:
+        return frozenset(end for flow in self._namespace.flows for end in flow)
+
     def noted_counters(self) -> NotedCounters:
         self._kernel.called(NotedCounters)
         there = self._namespace

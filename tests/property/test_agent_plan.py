@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.desired import DesiredTask, TaskFacts, desired_task
+from agent.moving import undecided
 from agent.observed import ObservedInterface, ObservedPeer, ObservedTask
 from agent.ops import (
     AddPeer,
@@ -45,6 +46,7 @@ OWN_TASK = TaskId("web.1")
 ADDRESSES = {network: [IPv4Address(f"10.{n}.0.{x}") for x in range(2, 7)] for n, network in enumerate(NETWORKS, 1)}
 OWN = {network: addresses[0] for network, addresses in ADDRESSES.items()}
 POOL = [address for addresses in ADDRESSES.values() for address in addresses]
+VIPS = [IPv4Address(f"10.{n}.0.{200 + s}") for n in (1, 2) for s in range(len(SERVICES))]
 KEYS = [PrivateKey(bytes([n]) * 32).public() for n in range(16, 136, 8)]
 ENDPOINTS = [Endpoint(address=IPv4Address(f"192.0.2.{n}"), port=51820) for n in range(1, 4)]
 
@@ -321,6 +323,36 @@ def test_traffic_follows_its_peer(wanted: DesiredTask, there: ObservedTask) -> N
         at = kinds.index(SetRules)
         assert not {RemoveRoute, RemovePeer} & set(kinds[:at])
         assert not {AddPeer, UpdatePeer, AddRoute} & set(kinds[at:])
+
+
+@UNTIMED
+@given(desired_tasks, observed_tasks(), st.sets(st.sampled_from([*POOL, *VIPS])), st.booleans())
+def test_a_route_waits_only_for_what_would_break(
+    wanted: DesiredTask, there: ObservedTask, flows: set[IPv4Address], prune: bool
+) -> None:
+    """A route is put off exactly if connections run to a peer that never shook hands, or to a VIP; then all is reached.
+
+    No route that is there is taken away for it.
+    """
+
+    def step(there: ObservedTask, flows: set[IPv4Address]) -> ObservedTask:
+        held = undecided(wanted, there).held(flows).destinations
+        ops = plan(wanted, there, new_key=PrivateKey(bytes(32)), node=NODE, now=NOW, prune=prune, held=held)
+        return apply(ops, there)
+
+    owners = {network: key for key, spec in wanted.peers.items() for network in spec.allowed_ips}
+    peers = {} if there.interface is None else there.interface.peers
+    shook = {key for key, peer in peers.items() if peer.last_handshake is not None}
+    wanting = {r.destination for r in wanted.routes}
+    before = {r.destination for r in there.routes}
+    waiting = {n for n in wanting - before if n.network_address in flows and not (n in owners and owners[n] in shook)}
+    reached = step(there, flows)
+    assert {r.destination for r in reached.routes} & wanting == wanting - waiting
+
+    assert reached.interface is not None
+    assert step(reached, flows).routes == reached.routes
+    shaken = {k: replace(p, last_handshake=NOW) for k, p in reached.interface.peers.items()}
+    assert_is(step(with_peers(reached, shaken), flows - set(VIPS)), wanted, prune=prune)
 
 
 @UNTIMED

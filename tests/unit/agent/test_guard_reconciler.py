@@ -112,6 +112,7 @@ class Rig:
         self.local: LocalNetwork | None = LocalNetwork()
         self.asked = 0
         self.naps = 0
+        self.spared: set[ContainerId] = set()
         self.mounts_after = 0
         self.space = self.add(FILE)
         self.start()
@@ -128,6 +129,7 @@ class Rig:
             node=NodeId("n1"),
             monotonic=self.clock,
             sleep=self._sleep,
+            spares=lambda container: container in self.spared,
         )  # fmt: skip
 
     def network(self, network: NetworkId, name: str) -> LocalNetwork:
@@ -481,3 +483,50 @@ def test_an_identifier_that_another_network_has_now_is_let_go(rig: Rig) -> None:
     rig.guard.resync()
     rig.work()
     assert list(rig.edges.texts) == [edge.table_of(other.network)]
+
+
+# -- tasks that ran in clear until now --------------------------------------------------------------------------
+
+
+def test_a_running_task_is_spared_until_its_time_is_over(rig: Rig) -> None:
+    """It ran in clear until the record came; another one of the service, which did not, is closed at once."""
+    running = replace(API, stage=Stage.ATTACHED)
+    late = Holder(ContainerId("3"), API.service, IPv4Address("10.0.1.9"), "", Stage.COMING)
+    rig.spared = {running.container}
+    rig.local = LocalNetwork((running, late))
+    rig.put(DEFAULT)
+    rig.read()
+    rig.work()
+    assert rig.space.text == render(guard(DEFAULT, LocalNetwork((late,))))[0]
+    rig.spared.clear()
+    rig.clock.advance(1)
+    rig.read()
+    rig.work()
+    assert rig.space.text == render(guard(DEFAULT, rig.local))[0]
+
+
+def test_what_is_closed_is_not_opened_for_anybody(rig: Rig) -> None:
+    """Neither by the guard that closed it nor by one after a restart, which only finds a table."""
+    rig.local = LocalNetwork((API,))
+    rig.put(DEFAULT)
+    rig.read()
+    rig.work()
+    shut = rig.space.text
+    rig.spared = {API.container}
+    for again in (lambda: None, rig.start):
+        again()
+        rig.guard.resync()
+        rig.read()
+        rig.work()
+        assert rig.space.text == shut
+
+
+def test_a_strict_network_spares_nobody(rig: Rig) -> None:
+    """Strict means that nothing passes which is not known to be exempt."""
+    running = replace(API, stage=Stage.ATTACHED)
+    rig.spared = {running.container}
+    rig.local = LocalNetwork((running,))
+    rig.put(STRICT)
+    rig.read()
+    rig.work()
+    assert rig.space.text == render(guard(STRICT, rig.local))[0]

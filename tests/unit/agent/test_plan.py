@@ -44,6 +44,7 @@ def addresses(*peers: PeerSpec) -> frozenset[IPv4Address]:
 def desired(*peers: PeerSpec, routes: Iterable[Route] = (), mtu: int = 1440, digest: str = "new") -> DesiredTask:
     return DesiredTask(
         mtu=mtu,
+        address=IPv4Address(OWN),
         peers={p.public_key: p for p in peers},
         routes=frozenset(routes),
         rules=f"text of {digest}",
@@ -76,7 +77,7 @@ def planned(wanted: DesiredTask, there: ObservedTask, *, prune: bool = True, now
 def test_from_nothing() -> None:
     """Interface, up, peers, routes, rules: peers can receive before anything leads to them."""
     assert planned(desired(ONE, TWO, routes=(TO_ONE, TO_TWO)), ObservedTask()) == (
-        CreateInterface(NEW_KEY, 1440, 51820, 51829),
+        CreateInterface(NEW_KEY, 1440, 51820, 51829, IPv4Address(OWN)),
         SetUp(),
         AddPeer(ONE),
         AddPeer(TWO),

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv4Interface
 import pytest
 
 from agent.book import HOLD_S, Book
+from agent.grace import LONGEST_S, SETTLE_S
 from agent.observed import Bridge, ObservedTask
 from agent.ops import (
     AddPeer,
@@ -167,6 +168,17 @@ class Rig:
                 finally:
                     self.queue.done(task)
         return outcomes
+
+    def pass_time(self, seconds: float) -> None:
+        """Let the agent do what is due, step by step."""
+        for _ in range(round(seconds / 0.1)):
+            self.clock.advance(0.1)
+            self.agent.mirror.step(0.0)
+            while (task := self.queue.get(0.0)) is not None:
+                try:
+                    self.agent.reconcile(task)
+                finally:
+                    self.queue.done(task)
 
     def hold_over(self) -> list[Outcome]:
         """Let the hold time go by, and the resync after it."""
@@ -545,10 +557,11 @@ def test_unreadable_policy(up: Rig) -> None:
 
 
 def test_policy_off(up: Rig) -> None:
-    """A service that leaves the mesh has its tasks' rules and devices removed, and their records deleted."""
+    """A service that leaves the mesh sends in clear at once, and receives until others have heard of it as well."""
     up.put(policy(mode=Mode.OFF))
-    assert up.settle()[-1].summary == "left the mesh"
-    assert up.take_ops() == [RemoveRules(), RemoveInterface()]
+    summaries = [outcome.summary for outcome in up.settle()]
+    assert (summaries[0], summaries[-1]) == ("leaves the mesh", "left the mesh")
+    assert kinds(up.take_ops()) == [RemoveRules, RemoveRoute, RemoveRoute, RemoveInterface]
     assert up.stored() == {}
     up.agent.resync()
     assert up.settle()[-1].summary == "not in the mesh"
@@ -912,3 +925,115 @@ def test_node_record_is_asked_each_time(up: Rig) -> None:
     up.agent.resync()
     up.settle()
     assert up.claim().endpoint.address == IPv4Address("192.0.2.77")
+
+
+# -- a running service comes into the mesh ----------------------------------------------------------------------
+
+
+def run_in_clear(rig: Rig, *remotes: str) -> None:
+    """A task that no policy speaks of, with connections to these addresses."""
+    rig.mesh()
+    rig.run_task()
+    rig.settle()
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address(remote)) for remote in remotes}
+
+
+def routed(rig: Rig) -> set[str]:
+    return {str(network.network_address) for network in rig.namespace.routes}
+
+
+def test_a_route_waits_for_the_handshake_of_a_peer_with_connections(rig: Rig) -> None:
+    """The other side, which does not know us yet, gets what runs the old way; where nothing runs nothing waits."""
+    run_in_clear(rig, "10.1.0.5")
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5), peer(6))
+    rig.settle()
+    assert routed(rig) == {"10.1.0.6", VIP}
+    rig.device.peers[public_key(5)].last_handshake = rig.time()
+    rig.settle()  # nobody tells of a handshake: the agent looks by itself
+    assert routed(rig) == {"10.1.0.5", "10.1.0.6", VIP}
+
+
+def test_a_restarted_agent_leaves_a_route_where_it_is(rig: Rig) -> None:
+    """What has moved never goes back in clear, handshake or not."""
+    run_in_clear(rig)
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    rig.settle()
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address("10.1.0.5")), (IPv4Address(OWN), IPv4Address(VIP))}
+    rig.take_ops()
+    rig.start()
+    rig.agent.resync()
+    rig.settle()
+    assert (rig.take_ops(), routed(rig)) == ([], {"10.1.0.5", VIP})
+
+
+def test_a_vip_waits_for_the_end_of_its_connections(rig: Rig) -> None:
+    """Which backend they have is Swarm's secret; new ones get theirs from the rules, which are there."""
+    run_in_clear(rig, VIP)
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    rig.settle()
+    assert routed(rig) == {"10.1.0.5"}
+    assert f"ip daddr {VIP} dnat" in rig.namespace.rules_text
+    rig.namespace.flows.clear()
+    rig.settle()
+    assert routed(rig) == {"10.1.0.5", VIP}
+
+
+def test_enforcement_of_a_running_task_comes_when_all_has_moved(rig: Rig) -> None:
+    """It is in observe until then, and says so."""
+    run_in_clear(rig, "10.1.0.5")
+    rig.put(WEB, peer(5))
+    rig.pass_time(LONGEST_S / 4)
+    assert "denied_" not in rig.namespace.rules_text
+    assert rig.status().mode is Mode.OBSERVE
+    rig.device.peers[public_key(5)].last_handshake = rig.time()
+    rig.pass_time(SETTLE_S + 1)
+    assert "denied_" in rig.namespace.rules_text
+    assert rig.status().mode is Mode.ENFORCE
+
+
+def test_enforcement_of_a_running_task_does_not_wait_for_ever(rig: Rig) -> None:
+    """What has not moved by then is cut, a VIP that had connections is closed, and no pass goes back."""
+    run_in_clear(rig, "10.1.0.5", VIP)
+    rig.put(WEB, peer(5))
+    rig.pass_time(LONGEST_S - 1)
+    assert "denied_" not in rig.namespace.rules_text
+    rig.pass_time(2)
+    assert "denied_" in rig.namespace.rules_text
+    assert routed(rig) == {"10.1.0.5", VIP}
+    rig.take_ops()
+    rig.agent.resync()
+    rig.pass_time(2)
+    assert rig.take_ops() == []
+
+
+@pytest.mark.parametrize("remotes", [(), ("10.1.0.5", VIP)])
+def test_a_task_that_was_never_seen_in_clear_is_enforced_at_once(rig: Rig, remotes: tuple[str, ...]) -> None:
+    """A new task of an enforced service, and any task after a restart of the agent, whatever it has open."""
+    rig.mesh(WEB, peer(5))
+    rig.run_task()
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address(remote)) for remote in remotes}
+    rig.settle()
+    assert "denied_" in rig.namespace.rules_text
+    assert routed(rig) == {"10.1.0.5", VIP}
+
+
+def test_records_that_are_incomplete_show_nobody_in_clear(rig: Rig) -> None:
+    """A store that is being filled says nothing of who is in no mesh."""
+    rig.mesh(settled=False)
+    rig.run_task()
+    rig.settle()
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address("10.1.0.5"))}
+    rig.put(WEB, peer(5))
+    rig.settle()
+    assert "denied_" in rig.namespace.rules_text
+
+
+def test_a_service_deployed_with_its_labels_is_enforced_at_once(rig: Rig) -> None:
+    """Though its policy may come a moment after its first task."""
+    rig.mesh()
+    rig.run_task()
+    rig.pass_time(1)
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address("10.1.0.5"))}
+    rig.put(WEB, peer(5))
+    rig.pass_time(1)
+    assert "denied_" in rig.namespace.rules_text
