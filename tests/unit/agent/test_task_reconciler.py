@@ -972,7 +972,7 @@ def test_a_vip_waits_for_the_end_of_its_connections(rig: Rig) -> None:
     rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
     rig.settle()
     assert routed(rig) == {"10.1.0.5"}
-    assert f"ip daddr {VIP} dnat" in rig.namespace.rules_text
+    assert "dnat ip to 10.1.0.5" in rig.namespace.rules_text
     rig.namespace.flows.clear()
     rig.settle()
     assert routed(rig) == {"10.1.0.5", VIP}
