@@ -19,7 +19,7 @@ from hivewire.ids import ContainerId
 LONGEST_S: Final = 10.0
 #: The other side needs a moment more until it sends the same way: enforcement comes this long after the last move.
 SETTLE_S: Final = 2.0
-LOOK_S: Final = 0.25
+LOOK_S: Final = 0.5
 #: A task that has been seen in clear for less is a new one, whose policy comes late.
 KNOWN_S: Final = 5.0
 

@@ -6,15 +6,21 @@ it sends waits in WireGuard's queue. A connection that Swarm's load balancer has
 the address of a backend is chosen with a connection's first packet: its VIP is routed when the last one has ended.
 """
 
-from collections.abc import Iterable, Set
+import math
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from agent.desired import DesiredTask
 from agent.observed import ObservedTask
-from hivewire.ids import TaskId
+from hivewire.ids import ServiceId
 
+#: For so long after a link came peers may come late, and with them the end of connections in clear.
+NEW_S: Final = 60.0
+#: A task that started later than this before its first look has no connections worth to keep.
+FRESH_S: Final = 5.0
+_FLOWS_S: Final = 0.5
 _SOON_S: Final = (0.03, 2.0)
 _LATER_S: Final = (1.0, 15.0)
 
@@ -30,9 +36,12 @@ class Undecided:
     def __bool__(self) -> bool:
         return bool(self.peers or self.vips)
 
+    def among(self, addresses: Set[IPv4Address]) -> "Undecided":
+        return Undecided(self.peers & addresses, self.vips & addresses)
+
     def held(self, flows: Set[IPv4Address]) -> "Undecided":
         """Those that do wait: there are connections."""
-        return Undecided(self.peers & flows, self.vips & flows)
+        return self.among(flows)
 
     @property
     def destinations(self) -> frozenset[IPv4Network]:
@@ -57,21 +66,48 @@ def in_clear(flows: Set[IPv4Address], observed: ObservedTask, subnets: Iterable[
 
 
 @dataclass(slots=True)
-class Moving:
-    """How soon to look again at a task whose routes wait: the kernel tells nobody of a handshake. One lock's."""
+class Move:
+    """What is remembered of one task.
 
-    _since: dict[TaskId, float] = field(default_factory=dict)
+    To read the tracked connections takes the kernel tens of milliseconds where its table is large. So it is asked only
+    where connections in clear are possible: a link is new to a task that is not; and not more often than must be.
+    """
 
-    def wait_s(self, task: TaskId, held: Undecided, now: float) -> float | None:
-        """Soon at first, then ever more seldom; None: nothing waits."""
-        if not held:
-            self._since.pop(task, None)
+    _links: dict[ServiceId, float] = field(default_factory=dict)
+    """Since when the task has had a link to the service."""
+    _held: Undecided = field(default_factory=Undecided)
+    _since: float | None = None
+    _flows: tuple[float, frozenset[IPv4Address]] | None = None
+
+    def new_links(self, services: Set[ServiceId], now: float, *, is_fresh: bool) -> frozenset[ServiceId]:
+        """Those with which connections may run in clear. ``is_fresh``: the task itself is new, so none does."""
+        self._links = {s: self._links.get(s, -math.inf if is_fresh else now) for s in services}
+        return frozenset(s for s, since in self._links.items() if now - since < NEW_S)
+
+    def candidates(self, undecided: Undecided, of_new_links: Set[IPv4Address]) -> Undecided:
+        """Those to ask the kernel about: of new links, and what waits already."""
+        return undecided.among(of_new_links | self._held.peers | self._held.vips)
+
+    def flows(self, now: float, read: Callable[[], frozenset[IPv4Address]]) -> frozenset[IPv4Address]:
+        if self._flows is None or now - self._flows[0] >= _FLOWS_S:
+            self._flows = (now, read())
+        return self._flows[1]
+
+    def hold(self, held: Undecided) -> None:
+        self._held = held
+
+    def wait_s(self, now: float) -> float | None:
+        """When to look again, for the kernel tells nobody of a handshake: soon at first, then ever more seldom.
+
+        None: nothing waits.
+        """
+        if not self._held:
+            self._since = None
             return None
-        shortest, longest = _SOON_S if held.peers else _LATER_S
-        return min(longest, max(shortest, (now - self._since.setdefault(task, now)) / 8))
-
-    def forget(self, task: TaskId) -> None:
-        self._since.pop(task, None)
+        if self._since is None:
+            self._since = now
+        shortest, longest = _SOON_S if self._held.peers else _LATER_S
+        return min(longest, max(shortest, (now - self._since) / 8))
 
 
 def _addresses(networks: Iterable[IPv4Network]) -> frozenset[IPv4Address]:

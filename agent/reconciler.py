@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from typing import Final, Protocol
 
 import msgspec
@@ -21,7 +21,7 @@ from agent.desired import DesiredTask, TaskFacts, desired_task
 from agent.grace import LOOK_S, Grace
 from agent.handshakes import Handshakes, Turn
 from agent.kernel.api import Kernel, Session
-from agent.moving import Moving, Undecided, in_clear, undecided
+from agent.moving import FRESH_S, Move, Undecided, in_clear, undecided
 from agent.observed import Bridge, ObservedInterface, ObservedTask
 from agent.ops import CreateInterface, Op, RemoveRules, SetRules
 from agent.own import OwnRecords
@@ -129,7 +129,7 @@ class TaskReconciler:
         self._outdated: set[TaskId] = set()
         self._services: dict[TaskId, ServiceId] = {}
         self._handshakes = Handshakes()
-        self._moving = Moving()
+        self._moves: dict[TaskId, Move] = {}
         # Tasks that send in clear again and still receive, until when.
         self._leaving: dict[TaskId, float] = {}
         self._denials = DenialBook(now, monotonic)
@@ -252,9 +252,10 @@ class TaskReconciler:
         with self._session(local) as session:
             observed = session.observe()
             peers = {s: self._peers(s) for s in policy.linked_services}
-            policy, flows = self._lenient(local, policy, session, observed)
+            move = self._move(local.task)
+            policy = self._lenient(local, policy, session, observed, move)
             desired = desired_task(self._facts(local, policy, observed, node, peers), policy, peers)
-            held = self._held(desired, observed, policy, session, flows)
+            held = self._held(local, desired, observed, policy, peers, session, move)
             ops = plan(
                 desired,
                 observed,
@@ -280,7 +281,7 @@ class TaskReconciler:
                 status_key(node.node, local.task): _status(local, node, policy, interface),
             }
         )
-        self._look_again(local, held)
+        self._look_again(local, move)
         if not ops:
             return Outcome(local.task, "in order")
         is_new = isinstance(ops[0], CreateInterface)
@@ -288,43 +289,58 @@ class TaskReconciler:
         return Outcome(local.task, "configured", ops, self._kernel.calls - calls_before, since_start_s)
 
     def _lenient(
-        self, local: LocalTask, policy: PolicyRecord, session: Session, observed: ObservedTask
-    ) -> tuple[PolicyRecord, frozenset[IPv4Address] | None]:
-        """The policy as it is to be applied now, and the connections under way where it took them to know."""
+        self, local: LocalTask, policy: PolicyRecord, session: Session, observed: ObservedTask, move: Move
+    ) -> PolicyRecord:
+        """The policy as it is to be applied now."""
         if policy.mode is not Mode.ENFORCE:
             self._grace.forget(local.container)
-            return policy, None
+            return policy
         if not self._grace.holds(local.container):
-            return policy, None
-        flows = session.flows()
+            return policy
+        flows = move.flows(self._monotonic(), session.flows)
         subnets = [IPv4Network(s) for network in policy.networks for s in network.subnets if ":" not in s]
         self._grace.look(
             local.container, moved=observed.interface is not None and not in_clear(flows, observed, subnets)
         )
         if not self._grace.holds(local.container):
-            return policy, flows
-        return msgspec.structs.replace(policy, mode=Mode.OBSERVE), flows
+            return policy
+        return msgspec.structs.replace(policy, mode=Mode.OBSERVE)
 
     def _held(
         self,
+        local: LocalTask,
         desired: DesiredTask,
         observed: ObservedTask,
         policy: PolicyRecord,
+        peers: Mapping[ServiceId, list[PeerRecord]],
         session: Session,
-        flows: frozenset[IPv4Address] | None,
+        move: Move,
     ) -> Undecided:
         """What is not routed yet, for connections that would break. In ``enforce`` the old way is closed anyhow."""
-        candidates = undecided(desired, observed)
-        if policy.mode is Mode.ENFORCE or not candidates:
-            return Undecided()
-        return candidates.held(session.flows() if flows is None else flows)
+        now, is_fresh = self._monotonic(), 0 < self._now() - local.started_at < FRESH_S
+        new = move.new_links(policy.linked_services, now, is_fresh=is_fresh)
+        addresses = {a for service in new for peer in peers[service] for a in peer.addresses.values()}
+        addresses |= {
+            link.vip for link in (*policy.out_links, *policy.self_links) if link.vip is not None and link.service in new
+        }
+        candidates = move.candidates(undecided(desired, observed), addresses)
+        # An interface that vanished under its rules, as a userspace device can: what it carried must not go in clear.
+        has_vanished = observed.interface is None and bool(observed.rules)
+        if policy.mode is Mode.ENFORCE or has_vanished or not candidates:
+            held = Undecided()
+        else:
+            held = candidates.held(move.flows(now, session.flows))
+        move.hold(held)
+        return held
 
-    def _look_again(self, local: LocalTask, held: Undecided) -> None:
+    def _move(self, task: TaskId) -> Move:
+        with self._lock:
+            return self._moves.setdefault(task, Move())
+
+    def _look_again(self, local: LocalTask, move: Move) -> None:
         """What nobody tells of: handshakes that one waits for, and the end of connections."""
         now = self._monotonic()
-        with self._lock:
-            moving_s = self._moving.wait_s(local.task, held, now)
-        waits = [self._handshakes.wait_s(local.task, now), moving_s]
+        waits = [self._handshakes.wait_s(local.task, now), move.wait_s(now)]
         waits += [LOOK_S] if self._grace.holds(local.container) else []
         known = [wait for wait in waits if wait is not None]
         if known:
@@ -433,6 +449,7 @@ class TaskReconciler:
             return Outcome(local.task, "leaves the mesh", ops)
         with self._lock:
             self._leaving.pop(local.task, None)
+            self._moves.pop(local.task, None)
         self._kernel.forget(local.task)
         return Outcome(local.task, "left the mesh" if ops else "not in the mesh", ops)
 
@@ -440,7 +457,7 @@ class TaskReconciler:
         with self._lock:
             known = self._services.pop(task, None)
             local = self._local.pop(task, None)
-            self._moving.forget(task)
+            self._moves.pop(task, None)
             self._leaving.pop(task, None)
             self._outdated.discard(task)
             self._needs.pop(task, None)

@@ -37,7 +37,7 @@ def sent_again(tcp: socket.socket) -> int:
     """
     info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     total, needless = (int(struct.unpack_from("=I", info, at)[0]) for at in (_TOTAL_RETRANS_AT, _DSACK_DUPS_AT))
-    return total - needless
+    return max(0, total - needless)
 
 
 def serve(port: int) -> None:

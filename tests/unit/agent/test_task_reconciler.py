@@ -9,6 +9,7 @@ import pytest
 
 from agent.book import HOLD_S, Book
 from agent.grace import LONGEST_S, SETTLE_S
+from agent.moving import NEW_S
 from agent.observed import Bridge, ObservedTask
 from agent.ops import (
     AddPeer,
@@ -964,6 +965,48 @@ def test_a_restarted_agent_leaves_a_route_where_it_is(rig: Rig) -> None:
     rig.agent.resync()
     rig.settle()
     assert (rig.take_ops(), routed(rig)) == ([], {"10.1.0.5", VIP})
+
+
+def test_a_device_that_died_does_not_send_its_connections_in_clear(rig: Rig) -> None:
+    """They were encrypted: they wait in the new device for its handshakes."""
+    run_in_clear(rig)
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    rig.settle()
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address("10.1.0.5"))}
+    rig.namespace.device = None
+    rig.namespace.routes.clear()
+    rig.agent.resync()
+    rig.pass_time(0.1)
+    assert routed(rig) == {"10.1.0.5", VIP}
+
+
+def test_a_fresh_task_has_nothing_to_keep(rig: Rig) -> None:
+    """What it opened in its first moments does not hold up its links, and reading it would take time."""
+    rig.mesh(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    task = rig.run_task()
+    rig.tasks.running[task] = replace(rig.tasks.running[task], started_at=rig.time() - 0.1)
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address("10.1.0.5")), (IPv4Address(OWN), IPv4Address(VIP))}
+    rig.settle()
+    assert routed(rig) == {"10.1.0.5", VIP}
+
+
+def test_a_new_peer_of_an_old_link_is_fresh(rig: Rig) -> None:
+    """Nothing ran in clear to a task that came after its link."""
+    run_in_clear(rig)
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    rig.pass_time(NEW_S + 1)
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address("10.1.0.6"))}
+    rig.put(peer(6))
+    rig.settle()
+    assert routed(rig) == {"10.1.0.5", "10.1.0.6", VIP}
+
+
+def test_what_waits_goes_on_waiting(rig: Rig) -> None:
+    """A link is new for a while only, a connection may run for days."""
+    run_in_clear(rig, VIP, "10.1.0.5")
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    rig.pass_time(NEW_S + 5)
+    assert routed(rig) == set()
 
 
 def test_a_vip_waits_for_the_end_of_its_connections(rig: Rig) -> None:
