@@ -60,8 +60,8 @@ demo: $(READY) packages  ## A three-node Swarm on this machine, with services th
 demo-down: $(READY)  ## Stop the demo and leave nothing behind.
 	$(PYTHON) deploy/proof/demo.py down
 
-bench: $(READY) packages  ## Measure task starts and links on a real Swarm; JSON goes to build/bench/.
-	PYTHONPATH=deploy $(PYTHON) -m tests.bench
+bench: $(READY) packages  ## Links beside the field, here and in a virtual machine; BENCH="datapath --rounds 90" chooses.
+	PYTHONPATH=deploy $(PYTHON) -m tests.bench $(BENCH)
 
 bench-control: $(READY) packages  ## Measure the control side of one node beside wg, in the virtual machine; JSON in build/bench/.
 	$(PYTHON) -m tests.bench.control

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages that the tests and the lab need on this machine; does nothing where they are there.
 set -eu
-wanted="etcd-server etcd-client wireguard-go wireguard-tools nftables iproute2 iputils-ping"
+wanted="etcd-server etcd-client wireguard-go wireguard-tools nftables iproute2 iputils-ping iperf3"
 
 missing=
 for package in $wanted; do

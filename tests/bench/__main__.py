@@ -1,103 +1,129 @@
-"""``make bench``: task starts, fresh links and what they cost; JSON in ``build/bench/tasks.json``."""
+"""``make bench``: how fast links are beside what else there is, how fast they close, and what a task start costs.
 
-import json
-import statistics
+    python -m tests.bench [PART ...] [--rounds N] [--seconds S] [--runs N]
+
+Samples are kept as they come in build/bench/, one JSON object per line; figures, a table and a plot are made of them.
+In the virtual machine, whose files are lost, the same program hands its samples out through its output (--hand-out).
+"""
+
+import argparse
+import os
+import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
+from lab.errors import LabError
+from lab.images import Images
 from lab.lab import Lab
 from lab.progress import Progress
-from proof import claims
-from proof.demo import bring_up
-from proof.deployed import STACK, Deployed, wait_for
+from proof.deployed import Deployed
 
-STARTS = 50
-AT_ONCE = 10
-LINKS = 10
-OUTPUT = Path("build/bench/tasks.json")
+from tests.bench import datapath, replay, revocation, samples, tasks
+from tests.bench.datapath import Sink, Sizes
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ("datapath", "revocation", "tasks")
+"""What is measured on this machine itself, as its kernel allows."""
+GUEST = ("datapath", "replay")
+"""What is measured on Debian's kernel in the virtual machine."""
+PARTS = (*HERE, "vm", "report")
 
 
 def main() -> int:
+    options = _options()
     progress = Progress()
-    lab = Lab(progress=progress)
-    mesh = bring_up(lab, progress, lab.engine if lab.is_up else "host")
-    results: dict[str, Any] = {
-        "engine": lab.docker(mesh.manager, "version", "-f", "{{.Server.Version}}").stdout.strip()
-    }
-    with progress.step(f"{STARTS} task starts, {AT_ONCE} at a time"):
-        results["task_start"] = task_starts(mesh)
-    with progress.step(f"{LINKS} fresh links"):
-        results["fresh_link"] = fresh_links(mesh)
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
+    parts = options.parts or PARTS
+    try:
+        if options.hand_out:
+            run(parts, options, progress, samples.hand_out)
+            return 0
+        here = [part for part in parts if part in {*HERE, "replay"}]
+        if here:
+            with samples.kept(ROOT, "here", parts=here) as keep:
+                run(here, options, progress, keep)
+        if "vm" in parts:
+            in_the_guest(options, progress)
+        if "report" in parts:
+            from tests.bench import render
+
+            render.write(ROOT, progress)
+    except LabError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
-def task_starts(mesh: Deployed) -> dict[str, Any]:
-    """From the container's start event to a ready interface, as the agents log it; and what it costs."""
-    base = len(mesh.tasks(claims.API))
-    since, revision = time.time(), settled_revision(mesh)
-    started = 0
-    while started < STARTS:
-        mesh.scale(claims.API, base + AT_ONCE)
-        mesh.wait_ready()
-        mesh.scale(claims.API, base)
-        started += AT_ONCE
-    after = settled_revision(mesh)
-    passes = [line for line in agent_lines(mesh, since) if line.get("since_start_s") is not None]
-    return {
-        "starts": len(passes),
-        "container_start_to_interface_ready_s": summary([line["since_start_s"] for line in passes]),
-        "requests_to_kernel_and_device_per_start": summary([line["calls"] for line in passes]),
-        # A start and a stop together: claim with status, peer, statuses of those that add it; and all of it removed.
-        "store_revisions_per_start_and_stop": round((after - revision) / started, 2),
-    }
+def run(parts: Sequence[str], options: argparse.Namespace, progress: Progress, sink: Sink) -> None:
+    """Measure in a lab. One that is up already is used, and left up; else one is started and ended."""
+    lab = Lab(progress=progress)
+    with ExitStack() as stack:
+        if not lab.is_up:
+            stack.callback(lab.down)
+            lab.up()
+        images = lab.ensure_images()
+        mesh = Deployed(lab)
+        with progress.step("docker stack deploy -c deploy/stack.yml hivewire"):
+            mesh.deploy(images)
+            mesh.wait_ready(180)
+        for part in parts:
+            measure(part, mesh, images, options, progress, sink)
 
 
-def fresh_links(mesh: Deployed) -> dict[str, Any]:
-    """A label opens a link between running tasks: until the first connection, and how long that one takes."""
-    seen = [claims.link_opens_and_closes(mesh) for _ in range(LINKS)]
-    names = {
-        "label_to_first_connection_s": "open after (s)",
-        "first_connection_ms": "first connection over the fresh link (ms)",
-        "label_removed_to_closed_s": "closed after (s)",
-    }
-    return {name: summary([each[key] for each in seen]) for name, key in names.items()}
+def measure(
+    part: str, mesh: Deployed, images: Images, options: argparse.Namespace, progress: Progress, sink: Sink
+) -> None:
+    match part:
+        case "datapath":
+            datapath.measure(mesh, images, Sizes(options.rounds, options.seconds), progress, sink)
+        case "replay":
+            with progress.step("the end of Swarm's sequence number"):
+                sink({"kind": "replay", **replay.show(mesh)})
+        case "revocation":
+            revocation.measure(mesh, images, options.runs, progress, sink)
+        case "tasks":
+            tasks.measure(mesh, images, progress, sink)
 
 
-def settled_revision(mesh: Deployed) -> int:
-    """The store's revision once it stopped growing."""
+def in_the_guest(options: argparse.Namespace, progress: Progress) -> None:
+    """The same program on a kernel that has WireGuard, ESP and IPVS. Raises LabError when it fails."""
+    # Tools take some seconds to start there: half as many pairs.
+    sizes = ("--rounds", str(max(3, options.rounds // 2)), "--seconds", str(options.seconds))
+    again = (sys.executable, "-m", "tests.bench", *GUEST, "--hand-out", *sizes)
+    argv = (str(ROOT / "deploy/vm/run"), "--lab", "--limit", str(options.limit), "env", "PYTHONPATH=deploy", *again)
+    progress.say("the same in a virtual machine with Debian's kernel, emulated:")
+    with (
+        samples.kept(ROOT, "vm", parts=GUEST) as keep,
+        subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, errors="replace", cwd=ROOT) as guest,
+    ):
+        assert guest.stdout is not None
+        for line in guest.stdout:
+            sample = samples.handed_out(line)
+            if sample is None:
+                print(f"vm| {line.rstrip()}", file=sys.stderr, flush=True)
+            else:
+                keep(sample)
+        status = guest.wait()
+    if status:
+        raise LabError(f"the measurement in the virtual machine ended with status {status}; see build/vm/")
 
-    def unchanged() -> int | None:
-        before = int(mesh.ask("status")["revision"])
-        time.sleep(2)
-        return before if int(mesh.ask("status")["revision"]) == before else None
 
-    return wait_for("a quiet store", unchanged, 60) or 0
-
-
-def agent_lines(mesh: Deployed, since: float) -> list[dict[str, Any]]:
-    lines = []
-    for agent in mesh.tasks(f"{STACK}_agent"):
-        logged = mesh.lab.docker(agent.node, "logs", "--since", str(int(since)), agent.container)
-        lines += [json.loads(line) for line in (logged.stdout + logged.stderr).splitlines() if line.startswith("{")]
-    return lines
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    if not ordered:
-        return {"count": 0}
-    return {
-        "count": len(ordered),
-        "median": round(statistics.median(ordered), 4),
-        "p99": round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 4),
-        "max": round(ordered[-1], 4),
-    }
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=30, help="pairs of each comparison (default %(default)s)")
+    parser.add_argument("--seconds", type=int, default=1, help="of each TCP and UDP sample (default %(default)s)")
+    parser.add_argument("--runs", type=int, default=50, help="revocations of each kind (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=3000, help="seconds for the virtual machine (default %(default)s)")
+    parser.add_argument("--hand-out", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    unknown = set(options.parts) - {*PARTS, "replay"}
+    if unknown:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if os.geteuid() != 0:
+        parser.error("the lab makes namespaces and mounts, which needs root: run it with sudo")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""Where a measurement runs: network namespaces of nodes, of tasks, and of devices made by hand.
+
+All programs are this machine's own and enter only the network namespace, so that no image needs to hold a tool and
+the engine that a node runs does not matter.
+"""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from lab.command import CLEAN_ENVIRONMENT, Completed, run
+from lab.lab import Lab
+from proof.deployed import Deployed, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A network namespace, by a path that this machine can open."""
+
+    path: str
+
+    def argv(self, *words: str) -> tuple[str, ...]:
+        return ("nsenter", f"--net={self.path}", *words)
+
+    def run(self, *words: str, check: bool = True, text_in: str | None = None, timeout_s: float = 60) -> Completed:
+        """Raises CommandFailed, LabError as lab.command.run does."""
+        return run(*self.argv(*words), check=check, text_in=text_in, timeout_s=timeout_s, env=CLEAN_ENVIRONMENT)
+
+    def start(self, *words: str) -> "subprocess.Popen[bytes]":
+        """A program in the background that says nothing; whoever starts it ends it."""
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(
+            self.argv(*words), stdin=quiet, stdout=quiet, stderr=quiet, env=CLEAN_ENVIRONMENT, start_new_session=True
+        )
+
+
+def of_node(lab: Lab, name: str) -> Place:
+    return Place(f"/run/netns/{lab.node(name).namespace}")
+
+
+def of_task(mesh: Deployed, task: Task) -> Place:
+    """Found through the node's first process, for the engine keeps namespaces in the node's own /run."""
+    template = "{{.NetworkSettings.SandboxKey}}"
+    key = mesh.lab.docker(task.node, "inspect", "-f", template, task.container).stdout.strip()
+    # Not below /var/run: that is a link to /run, which would lead out of the node again.
+    return Place(f"/proc/{mesh.lab.node(task.node).pid}/root/run/docker/netns/{PurePath(key).name}")
