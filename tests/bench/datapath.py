@@ -139,12 +139,15 @@ def build(mesh: Deployed) -> tuple[Field, Workshop]:
     workshop = Workshop(lab, device["mtu"], None if backend == "kernel" else product_program(mesh))
     own = mesh.addresses(task_of(mesh, f"{BENCH}_from"))[0]
     try:
-        rules = (_rules(link.client), _rules(link.server))
+        ruled = workshop.in_namespaces(CLIENT, SERVER, (own, link.address))
+        for node, source, target in ((CLIENT, link.client, ruled.client), (SERVER, link.server, ruled.server)):
+            agent = next(task for task in mesh.tasks(f"{STACK}_agent") if task.node == node)
+            copy_rules(source, target, places.process_of(mesh, agent))
         routes = {
             "veth": Route(*nodes, str(lab.node(SERVER).address)),
             "wireguard": workshop.on_nodes(CLIENT, SERVER),
-            "rules": workshop.in_namespaces(CLIENT, SERVER, (own, link.address), rules),
-            "devices": workshop.in_namespaces(CLIENT, SERVER, (own, link.address), None),
+            "rules": ruled,
+            "devices": workshop.in_namespaces(CLIENT, SERVER, (own, link.address)),
             "link": link,
             "vip": Route(link.client, link.server, vip_of(mesh, f"{BENCH}_to")),
             "off": between(mesh, f"{BENCH}_off-from", f"{BENCH}_off-to"),
@@ -195,9 +198,11 @@ def product_program(mesh: Deployed) -> Path:
     return target
 
 
-def _rules(place: places.Place) -> str:
-    """The rules of a task as they stand, without what they have counted."""
-    return place.run("nft", "--stateless", "list", "table", "inet", "hivewire").stdout
+def copy_rules(source: places.Place, target: places.Place, agent: int) -> None:
+    """The table of a task, without what it has counted, into another namespace. By the nft that the agent itself has
+    (``agent`` is a process of it): an older one does not understand it all."""
+    text = source.run_from(agent, "nft", "--stateless", "list", "table", "inet", "hivewire").stdout
+    target.run_from(agent, "nft", "-f", "-", text_in=text)
 
 
 def has_esp() -> bool:

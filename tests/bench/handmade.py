@@ -47,10 +47,8 @@ class Workshop:
         self._join(devices, ends, addresses, (client, server))
         return Route(*ends, addresses[1])
 
-    def in_namespaces(
-        self, client: str, server: str, addresses: tuple[str, str], rules: tuple[str, str] | None
-    ) -> Route:
-        """A device in a new namespace per node, born on the node; ``rules`` is nftables text for each of them."""
+    def in_namespaces(self, client: str, server: str, addresses: tuple[str, str]) -> Route:
+        """A device in a new namespace per node, born on the node."""
         names, inside, devices = [], [], []
         for node in (client, server):
             device = self._device(places.of_node(self.lab, node))
@@ -67,8 +65,6 @@ class Workshop:
             devices.append(device)
         ends = (inside[0], inside[1])
         self._join(names, ends, addresses, (client, server), interface="wg0")
-        for place, text in zip(ends, rules or (), strict=False):
-            place.run("nft", "-f", "-", text_in=text)
         return Route(*ends, addresses[1])
 
     def close(self) -> None:
