@@ -162,6 +162,7 @@ def _replay(replay: Figures) -> list[str]:
         ("20 before", "answered_of_20_before"),
         (f"{of} across the end", across),
         ("20 after", "answered_of_20_after"),
+        ("20 with the number set back", "answered_of_20_with_a_new_number"),
     )
     return [
         "| pings answered | Swarm's encrypted overlay | Hivewire link |",
