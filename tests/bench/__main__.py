@@ -35,6 +35,8 @@ def main() -> int:
     options = _options()
     progress = Progress()
     parts = options.parts or PARTS
+    if not options.hand_out:
+        progress.say(f"{', '.join(parts)}: about {minutes(parts, options):.0f} minutes, more beside other work")
     try:
         if options.hand_out:
             run(parts, options, progress, samples.hand_out)
@@ -95,10 +97,31 @@ def measure(
             tasks.measure(mesh, images, progress, sink)
 
 
+def minutes(parts: Sequence[str], options: argparse.Namespace) -> float:
+    """How long it takes, by how long it took. A tool needs a moment to begin: ``overhead``, in seconds."""
+
+    def of_rounds(rounds: int, overhead_s: float) -> float:
+        wide = -(-rounds // datapath.TENTH) * sum(map(len, datapath.WIDE.values()))
+        pairs = rounds * sum(map(len, datapath.PAIRS.values()))
+        return (wide + pairs) * (options.seconds + overhead_s) / 60
+
+    each = {
+        "datapath": of_rounds(options.rounds, 0.3),
+        "revocation": options.runs * 2 * 2.5 / 60,
+        "tasks": 3,
+        "vm": 8 + of_rounds(_in_the_guest(options.rounds), 2),
+    }
+    return 1 + sum(each.get(part, 0) for part in parts)
+
+
+def _in_the_guest(rounds: int) -> int:
+    """Tools take long to begin there: half as many pairs."""
+    return max(3, rounds // 2)
+
+
 def in_the_guest(options: argparse.Namespace, progress: Progress) -> None:
     """The same program on a kernel that has WireGuard, ESP and IPVS. Raises LabError when it fails."""
-    # Tools take some seconds to start there: half as many pairs.
-    sizes = ("--rounds", str(max(3, options.rounds // 2)), "--seconds", str(options.seconds))
+    sizes = ("--rounds", str(_in_the_guest(options.rounds)), "--seconds", str(options.seconds))
     again = (sys.executable, "-m", "tests.bench", *GUEST, "--hand-out", *sizes)
     argv = (str(ROOT / "deploy/vm/run"), "--lab", "--limit", str(options.limit), "env", "PYTHONPATH=deploy", *again)
     progress.say("the same in a virtual machine with Debian's kernel, emulated:")
