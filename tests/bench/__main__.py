@@ -103,15 +103,15 @@ def minutes(parts: Sequence[str], options: argparse.Namespace) -> float:
     def of_rounds(rounds: int, overhead_s: float) -> float:
         wide = -(-rounds // datapath.TENTH) * sum(map(len, datapath.WIDE.values()))
         pairs = rounds * sum(map(len, datapath.PAIRS.values()))
-        return (wide + pairs) * (options.seconds + overhead_s) / 60
+        return (wide + pairs) * (float(options.seconds) + overhead_s) / 60
 
-    each = {
+    each: dict[str, float] = {
         "datapath": of_rounds(options.rounds, 0.3),
         "revocation": options.runs * 2 * 2.5 / 60,
         "tasks": 3,
         "vm": 8 + of_rounds(_in_the_guest(options.rounds), 2),
     }
-    return 1 + sum(each.get(part, 0) for part in parts)
+    return 1 + sum(each.get(part, 0.0) for part in parts)
 
 
 def _in_the_guest(rounds: int) -> int:
@@ -144,7 +144,7 @@ def in_the_guest(options: argparse.Namespace, progress: Progress) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--rounds", type=int, default=30, help="pairs of each comparison (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of each comparison (default %(default)s)")
     parser.add_argument("--seconds", type=int, default=1, help="of each TCP and UDP sample (default %(default)s)")
     parser.add_argument("--runs", type=int, default=50, help="revocations of each kind (default %(default)s)")
     parser.add_argument("--limit", type=int, default=3000, help="seconds for the virtual machine (default %(default)s)")
