@@ -1014,8 +1014,8 @@ def test_a_flood_of_claims_costs_little(cluster: Cluster, monkeypatch: pytest.Mo
 
 
 def test_an_address_that_another_agent_registered(cluster: Cluster) -> None:
-    """A node may register an address of its own, but not one that another node's agent has registered; and no word of an
-    agent takes away the address that a node has in the Swarm.
+    """A node may register an address of its own, but not one that another node's agent has registered; and no word of
+    an agent takes away the address that a node has in the Swarm.
     """
     cluster.swarm.add_node("n2")
     db = cluster.service("db", {"hivewire.ports": "5432"})
