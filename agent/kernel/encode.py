@@ -95,7 +95,9 @@ def set_peers(index: int, changes: Iterable[PeerChange], work: int = MESSAGE_WOR
     size, done = 0, 0
     for change in changes:
         costs = not change.update_only
-        for part in _peer(change):
+        networks = change.allowed_ips
+        is_long = networks is not None and len(networks) > _ADDRESSES_PER_PEER
+        for part in _long_peer(change) if is_long else (_part(change),):
             more = len(part)
             if parts and ((costs and done >= work) or size + more > _NESTED_BYTES - _ATTRIBUTE.size):
                 yield head + _ATTRIBUTE.pack(_ATTRIBUTE.size + size, _PEERS) + b"".join(parts)
@@ -107,13 +109,9 @@ def set_peers(index: int, changes: Iterable[PeerChange], work: int = MESSAGE_WOR
         yield head + _ATTRIBUTE.pack(_ATTRIBUTE.size + size, _PEERS) + b"".join(parts)
 
 
-def _peer(change: PeerChange) -> Iterator[bytes]:
-    """A change as attributes of one peer each: one, but where a peer has very many addresses."""
-    networks = change.allowed_ips
-    if networks is None or len(networks) <= _ADDRESSES_PER_PEER:
-        yield _part(change)
-        return
-    ordered = iter(sorted(networks))
+def _long_peer(change: PeerChange) -> Iterator[bytes]:
+    """A peer of very many addresses, as attributes of several peers with its key."""
+    ordered = iter(sorted(change.allowed_ips or ()))
     first = frozenset(islice(ordered, _ADDRESSES_PER_PEER))
     # The interval stands in the last part, so that the keepalive that it sends finds everything else in place.
     yield _part(replace(change, allowed_ips=first, keepalive_s=None))

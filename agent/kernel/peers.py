@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from itertools import groupby
-from typing import Final, assert_never
+from typing import Final, assert_never, cast, get_args
 
 from agent.observed import ObservedPeer
 from agent.ops import AddPeer, AddRoute, Handshake, Op, RemovePeer, RemoveRoute, UpdatePeer
@@ -60,15 +60,21 @@ def batches(ops: Iterable[Op]) -> Iterator[PeerBatch | RouteBatch | Op]:
     """The operations in their order, neighbours that change peers put together, and so those that change routes."""
     for kind, group in groupby(ops, _batch_of):
         if kind is PeerBatch:
-            yield PeerBatch(tuple(op for op in group if isinstance(op, PeerOp)))
+            yield PeerBatch(cast("tuple[PeerOp, ...]", tuple(group)))
         elif kind is RouteBatch:
-            yield RouteBatch(tuple(op for op in group if isinstance(op, RouteOp)))
+            yield RouteBatch(cast("tuple[RouteOp, ...]", tuple(group)))
         else:
             yield from group
 
 
 def _batch_of(op: Op) -> type | None:
-    return PeerBatch if isinstance(op, PeerOp) else RouteBatch if isinstance(op, RouteOp) else None
+    return _BATCHES.get(type(op))
+
+
+_BATCHES: Final[Mapping[type, type]] = {
+    **dict.fromkeys(get_args(PeerOp), PeerBatch),
+    **dict.fromkeys(get_args(RouteOp), RouteBatch),
+}
 
 
 def changes(ops: Iterable[PeerOp]) -> Iterator[PeerChange]:
