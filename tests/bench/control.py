@@ -155,7 +155,14 @@ def base64_of(key: PrivateKey) -> str:
 
 def desired(task: Task, peers: Sequence[PeerSpec]) -> DesiredTask:
     routes = frozenset(Route(network, task.address) for peer in peers for network in peer.allowed_ips)
-    return DesiredTask(1420, {peer.public_key: peer for peer in peers}, routes, RULES, RULES_DIGEST)
+    return DesiredTask(
+        mtu=1420,
+        address=task.address,
+        peers={peer.public_key: peer for peer in peers},
+        routes=routes,
+        rules=RULES,
+        rules_digest=RULES_DIGEST,
+    )
 
 
 def planned(task: Task, wanted: DesiredTask, seen: ObservedTask) -> tuple[Op, ...]:
