@@ -48,10 +48,13 @@ class Goal:
     at_most: float | None = None
     low_at_least: float | None = None
     """For the lower end of the interval."""
+    value: str = ""
+    """Another value of the sample than the probe's own."""
 
 
 GOALS = (
     Goal("link against devices made by hand", "tcp_1", "link", "devices", at_least=0.99, low_at_least=0.97),
+    Goal("processor time per GB, link against devices", "tcp_1", "link", "devices", value="cpu_s_per_gb"),
     Goal("p99 round trip of link against devices", "round_trip", "link", "devices", at_most=1.05),
     Goal("VIP against direct", "tcp_1", "vip", "link", at_least=0.97),
     Goal("rules against none, same devices", "tcp_1", "rules", "devices", at_least=0.97),
@@ -119,10 +122,10 @@ def ratio(goal: Goal, samples: Sequence[Sample]) -> Interval | None:
 
 
 def _pairs(goal: Goal, samples: Sequence[Sample]) -> list[tuple[Any, Any]]:
-    wanted = VALUES.get(goal.probe, "ms")
+    wanted = goal.value or VALUES.get(goal.probe, "ms")
     found: dict[int, dict[str, Any]] = {}
     for sample in samples:
-        if sample["probe"] == goal.probe and "error" not in sample:
+        if sample["probe"] == goal.probe and sample.get(wanted):
             found.setdefault(sample["round"], {})[sample["path"]] = sample[wanted]
     return [
         (each[goal.path], each[goal.against]) for each in found.values() if {goal.path, goal.against} <= each.keys()
