@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def build(mesh: Deployed) -> tuple[Field, Workshop]:
     shown = wait_for("the interface of the link", lambda: link.client.run(*look, check=False).stdout, 60)
     device = json.loads(shown)[0]
     backend = "kernel" if device["linkinfo"]["info_kind"] == "wireguard" else "userspace"
-    workshop = Workshop(lab, device["mtu"], None if backend == "kernel" else product_program(mesh))
+    mtu = min(device["mtu"], route_mtu(link) or device["mtu"])
+    workshop = Workshop(lab, mtu, None if backend == "kernel" else product_program(mesh))
     own = mesh.addresses(task_of(mesh, f"{BENCH}_from"))[0]
     try:
         ruled = workshop.in_namespaces(CLIENT, SERVER, (own, link.address))
@@ -172,7 +174,7 @@ def build(mesh: Deployed) -> tuple[Field, Workshop]:
         "engine": lab.docker(mesh.manager, "version", "-f", "{{.Server.Version}}").stdout.strip(),
         "processors": os.cpu_count(),
         "processor": _processor(),
-        "wireguard_mtu": device["mtu"],
+        "wireguard_mtu": mtu,
         "overlay_mtu": json.loads(link.client.run("ip", "-j", "link", "show", "eth0").stdout)[0]["mtu"],
         "iperf3": run("iperf3", "--version").stdout.split()[1],
     }
@@ -182,6 +184,12 @@ def build(mesh: Deployed) -> tuple[Field, Workshop]:
 def between(mesh: Deployed, client: str, server: str) -> Route:
     ends = (task_of(mesh, client), task_of(mesh, server))
     return Route(places.of_task(mesh, ends[0]), places.of_task(mesh, ends[1]), mesh.addresses(ends[1])[0])
+
+
+def route_mtu(route: Route) -> int | None:
+    """What the route itself says; None where it leaves that to the interface."""
+    found = re.search(r"\bmtu (?:lock )?(\d+)", route.client.run("ip", "route", "get", route.address).stdout)
+    return int(found[1]) if found else None
 
 
 def vip_of(mesh: Deployed, service: str) -> str:
