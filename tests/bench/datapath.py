@@ -209,7 +209,8 @@ def product_program(mesh: Deployed) -> Path:
 def copy_rules(source: places.Place, target: places.Place, agent: int) -> None:
     """The table of a task, without what it has counted, into another namespace. By the nft that the agent itself has
     (``agent`` is a process of it): an older one does not understand it all."""
-    text = source.run_from(agent, "nft", "--stateless", "list", "table", "inet", "hivewire").stdout
+    listing = ("nft", "--stateless", "list", "table", "inet", "hivewire")
+    text = wait_for("the rules of the link", lambda: source.run_from(agent, *listing, check=False).stdout, 60)
     target.run_from(agent, "nft", "-f", "-", text_in=text)
 
 

@@ -28,10 +28,10 @@ class Place:
         """Raises CommandFailed, LabError as lab.command.run does."""
         return run(*self.argv(*words), check=check, text_in=text_in, timeout_s=timeout_s, env=CLEAN_ENVIRONMENT)
 
-    def run_from(self, container: int, *words: str, text_in: str | None = None) -> Completed:
+    def run_from(self, container: int, *words: str, check: bool = True, text_in: str | None = None) -> Completed:
         """A program of a container's image in this namespace; ``container`` is the id of one of its processes."""
         argv = ("nsenter", f"--mount=/proc/{container}/ns/mnt", f"--net={self.path}", *words)
-        return run(*argv, text_in=text_in, timeout_s=60, env=CLEAN_ENVIRONMENT)
+        return run(*argv, check=check, text_in=text_in, timeout_s=60, env=CLEAN_ENVIRONMENT)
 
     def start(self, *words: str) -> "subprocess.Popen[bytes]":
         """A program in the background that says nothing; whoever starts it ends it."""
