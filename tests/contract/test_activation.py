@@ -4,6 +4,7 @@ The agents are the real ones but for engine, Swarm and controller (agents.py); n
 are real, and the streams are real sockets.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,6 +67,26 @@ def test_restarted_agents_touch_nothing(world: World, mode: Mode) -> None:
     for verdict in (direct.end(), balanced.end()):
         print(verdict)
         assert verdict.is_untouched, verdict
+
+
+@pytest.mark.parametrize("source_check", [0, 1, 2])
+def test_a_connection_may_come_one_way_and_go_another(world: World, source_check: int) -> None:
+    """Between the moves of the two sides, for as long as that takes, and however the host checks sources."""
+    cluster = world.cluster
+    for task in world.tasks:
+        for name in ("all", "default", "eth0"):
+            world.bench.run(task, "sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter={source_check}")
+    direct = world.streams()
+    cluster.link("calling", "called")
+    cluster.until(lambda: all(map(cluster.has_interface, world.tasks)), "interfaces")
+    for one, other in (world.tasks, world.tasks[::-1]):
+        cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+        # As it is before the other side's agent has looked for the handshake.
+        world.bench.run(one, "ip", "route", "del", f"{other.address}/32", "dev", "wg0")
+        time.sleep(1.0)
+        cluster.agents[one.node].reconciler.resync()
+    cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+    assert (verdict := direct.end()).goes_on, verdict
 
 
 def test_a_link_opens_around_running_connections(world: World) -> None:

@@ -418,6 +418,15 @@ def test_a_created_interface_is_observed_as_wanted(bench: Bench) -> None:
     assert found == ObservedInterface("wg0", task.key.public(), FIRST_PORT, 1380, is_up=True)
 
 
+def test_an_interface_has_the_tasks_address_beside_its_own_interface(bench: Bench) -> None:
+    """Whose interface an address is stays what the engine made of it."""
+    task = bench.task()
+    apply(bench, task, CreateInterface(task.key, 1420, FIRST_PORT, LAST_PORT, task.address), SetUp())
+    assert observe(bench, task).addresses == {task.address: "eth0"}
+    if isinstance(bench, RealBench):
+        assert f" {task.address}/32 " in bench.run(task, "ip", "-br", "-4", "address", "show", "dev", "wg0")
+
+
 def test_creating_again_changes_nothing(bench: Bench) -> None:
     """An interface that exists is kept with its key, whatever key the second attempt brings."""
     task = bench.task()
