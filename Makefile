@@ -37,7 +37,7 @@ kernel: kernel-6.1 kernel-6.12  ## Kernel WireGuard, IPVS and IPsec: the lab in 
 
 # The progress is pytest's; the logs of guest and kernel are in build/vm/. No bytecode and no cache is kept in a guest.
 KERNEL_E2E := tests/e2e/test_mesh.py tests/e2e/test_matrix.py tests/e2e/test_why_quarantine.py
-KERNEL_E2E_ALL := $(KERNEL_E2E) $(foreach name,guard modes denials api access privileges secrets,tests/e2e/test_$(name).py)
+KERNEL_E2E_ALL := $(KERNEL_E2E) $(foreach name,guard modes denials api access privileges secrets streams,tests/e2e/test_$(name).py)
 KERNEL_CONTRACT := $(foreach name,kernel mtu activation,tests/contract/test_$(name).py)
 KERNEL_LIMIT_S := 1500
 GUEST_PYTEST := $(CURDIR)/$(PYTHON) -m pytest -v -p no:cacheprovider --durations=20
