@@ -46,6 +46,12 @@ class Grace:
             if container not in self._running:
                 self._in_clear.setdefault(container, self._monotonic())
 
+    def left(self, container: ContainerId) -> None:
+        """A manager signed that its service is in the mesh no more: it is in clear again, and may be enforced anew."""
+        with self._lock:
+            self._running.pop(container, None)
+            self._in_clear.setdefault(container, self._monotonic())
+
     def holds(self, container: ContainerId) -> bool:
         """Whether a task that is to be enforced may go on in clear. The first question starts its time."""
         now = self._monotonic()

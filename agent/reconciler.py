@@ -441,8 +441,7 @@ class TaskReconciler:
             self._save_notes(local, session, observed, ops)
             session.apply(ops)
             if not receiving:
-                self._grace.forget(local.container)
-                self._grace.seen_in_clear(local.container)
+                self._grace.left(local.container)
         self._unwrite(local.task)
         if receiving:
             self._queue.add_after(local.task, RECEIVING_S)

@@ -1,5 +1,6 @@
 """Running connections go on, whatever is done to the mesh around them: numbered packets and a TCP connection tell."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -7,6 +8,8 @@ import pytest
 from lab.images import Images
 from proof.deployed import STACK, Deployed, Task, wait_for
 
+from agent.grace import KNOWN_S
+from agent.moving import FRESH_S
 from tests.streams import Streams, start_server, stop
 
 pytestmark = pytest.mark.e2e
@@ -14,8 +17,6 @@ pytestmark = pytest.mark.e2e
 CALLER, CALLED = "calling", "called"
 PORT = 9000
 LINK = f"hivewire.links={CALLED}:{PORT}/tcp, {CALLED}:{PORT}/udp"
-QUIET_S = 3.0
-"""How long streams run when nothing is waited for."""
 
 
 class Pair:
@@ -39,6 +40,7 @@ class Pair:
 
         stack.callback(stop, server)
         (self.address,) = mesh.addresses(self.called)
+        time.sleep(max(KNOWN_S, FRESH_S) + 1)  # until then agents take the two for new tasks
 
     def _enter(self, task: Task) -> tuple[str, ...]:
         inspected = self.mesh.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container)

@@ -23,6 +23,16 @@ def grace(clock: FakeClock) -> Grace:
     return found
 
 
+def test_who_left_the_mesh_has_it_anew(grace: Grace, clock: FakeClock) -> None:
+    """And seeing that again and again does not put it off."""
+    assert grace.holds(ONE)
+    grace.left(ONE)
+    for _ in range(4):
+        clock.advance(KNOWN_S / 4)
+        grace.left(ONE)
+    assert grace.holds(ONE)
+
+
 def test_nobody_has_it_who_was_not_in_clear(grace: Grace) -> None:
     """Asking gives it to nobody."""
     assert not grace.holds(ContainerId("other"))
