@@ -14,13 +14,13 @@ from tests.streams import Streams, start_server, stop
 
 pytestmark = pytest.mark.e2e
 
-CALLER, CALLED = "calling", "called"
+CALLER, CALLED = "streams_calling", "streams_called"
 PORT = 9000
-LINK = f"hivewire.links={CALLED}:{PORT}/tcp, {CALLED}:{PORT}/udp"
+LINK = f"hivewire.links=called:{PORT}/tcp, called:{PORT}/udp"
 
 
 class Pair:
-    """Two services of one task each, on different nodes, without any label; the server runs in the second one."""
+    """Two services of a stack, of one task each on different nodes, without any label of Hivewire; a server in one."""
 
     def __init__(self, mesh: Deployed, stack: ExitStack) -> None:
         self.mesh = mesh
@@ -29,7 +29,7 @@ class Pair:
             constraint = f"node.hostname=={node.name}"
             mesh.docker(
                 "service", "create", "--detach", "--name", name, "--network", "demo_app", "--constraint", constraint,
-                "--stop-grace-period", "1s", Images().demo, "sleep", "infinity",
+                "--stop-grace-period", "1s", "--label", "com.docker.stack.namespace=streams", Images().demo, "sleep", "infinity",
             )  # fmt: skip
             stack.callback(wait_for, f"{name} gone", lambda name=name: not mesh.tasks(name), 60)
             stack.callback(mesh.docker, "service", "rm", name)
