@@ -10,6 +10,7 @@ from proof.deployed import STACK, Deployed, Task, wait_for
 
 from agent.grace import KNOWN_S
 from agent.moving import FRESH_S
+from tests.e2e.test_modes import table
 from tests.streams import Streams, start_server, stop
 
 pytestmark = pytest.mark.e2e
@@ -29,7 +30,8 @@ class Pair:
             constraint = f"node.hostname=={node.name}"
             mesh.docker(
                 "service", "create", "--detach", "--name", name, "--network", "demo_app", "--constraint", constraint,
-                "--stop-grace-period", "1s", "--label", "com.docker.stack.namespace=streams", Images().demo, "sleep", "infinity",
+                "--stop-grace-period", "1s", "--label", "com.docker.stack.namespace=streams",
+                Images().demo, "sleep", "infinity",
             )  # fmt: skip
             stack.callback(wait_for, f"{name} gone", lambda name=name: not mesh.tasks(name), 60)
             stack.callback(mesh.docker, "service", "rm", name)
@@ -37,7 +39,6 @@ class Pair:
             wait_for(f"a task of {name}", lambda name=name: mesh.tasks(name), 60)[0] for name in (CALLED, CALLER)
         )
         server = start_server(self._enter(self.called), PORT)
-
         stack.callback(stop, server)
         (self.address,) = mesh.addresses(self.called)
         time.sleep(max(KNOWN_S, FRESH_S) + 1)  # until then agents take the two for new tasks
@@ -69,7 +70,7 @@ class Pair:
 
     def mode(self, task: Task) -> str:
         """What the rules in the task's namespace do: ``enforce``, ``observe``, or empty where there are none."""
-        rules = self.mesh.in_namespace(task, "nft", "list", "table", "inet", "hivewire", check=False)
+        rules = table(self.mesh, task)
         return "enforce" if "denied_" in rules else "observe" if "passed_" in rules else ""
 
 
