@@ -63,6 +63,10 @@ class Pair:
     def is_linked(self) -> bool:
         return self.routes(self.caller) and self.routes(self.called)
 
+    def has_shaken_hands(self) -> bool:
+        """Until then WireGuard keeps packets, but not any number of them."""
+        return any(peer["handshake_age_s"] is not None for peer in self.mesh.wireguard(self.caller).values())
+
     def is_in_clear(self) -> bool:
         """Nothing of Hivewire is left in either namespace."""
         links = (self.mesh.in_namespace(task, "ip", "-br", "link") for task in (self.caller, self.called))
@@ -100,6 +104,7 @@ def test_agents_come_and_go_without_a_packet_lost(pair: Pair) -> None:
     mesh = pair.mesh
     pair.label("--label-add", LINK)
     wait_for("the link", pair.is_linked, 30)
+    wait_for("a handshake", pair.has_shaken_hands, 30)
     agents = [t for t in mesh.tasks(f"{STACK}_agent") if t.node in (pair.caller.node, pair.called.node)]
     with unharmed(pair, "both agents killed", untouched=True):
         for agent in agents:
