@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.attack.ledger import Ledger
-from tests.e2e.conftest import machine, mesh
+from tests.e2e.conftest import machine
 
-__all__ = ["machine", "mesh"]
+__all__ = ["machine"]
 
 _LEDGER = Ledger()
 _TABLE = Path(__file__).resolve().parents[2] / "build" / "attack" / "attempts.json"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.e2e.conftest import machine, mesh
+from tests.e2e.conftest import machine
 
-__all__ = ["machine", "mesh"]
+__all__ = ["machine"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
