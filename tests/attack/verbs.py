@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import hivewire.store.etcd  # noqa: F401  it chooses protobuf's Python implementation, before the stubs are imported
+
 # isort: split
 import grpc
 from etcd3 import etcdrpc
