@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hivewire.identity import SWARM_CERTIFICATES, IdentityFiles, load
+from hivewire.store.api import prefix_end
 from tests.attack.verbs import Answer, Etcd, delete, get, nested, op, put
 
 
@@ -35,7 +36,7 @@ def do(etcd: Etcd, verb: str, key: str, value: str = "", count: int = 1) -> list
         case "delete":
             return [etcd.txn(op(delete(key)))]
         case "delete below":
-            return [etcd.txn(op(delete(key, key[:-1].encode() + b"0")))]
+            return [etcd.txn(op(delete(key, prefix_end(key).encode())))]
         case "get":
             return [_value(etcd, key)]
         case "try":
@@ -56,7 +57,7 @@ def _value(etcd: Etcd, key: str) -> Answer:
 
 
 def _items(etcd: Etcd, prefix: str) -> Answer:
-    found = etcd.kv.Range(get(prefix, prefix[:-1].encode() + bytes([ord(prefix[-1]) + 1])), timeout=5).kvs
+    found = etcd.kv.Range(get(prefix, prefix_end(prefix).encode()), timeout=5).kvs
     items = {it.key.decode(): base64.b64encode(it.value).decode() for it in found}
     return Answer("OK", read=json.dumps(items).encode())
 
