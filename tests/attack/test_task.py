@@ -202,10 +202,9 @@ def test_udp_ports_of_other_tasks(mesh: Deployed, robber: Task, ledger: Ledger) 
     """Junk, and what looks like handshakes, for the ports of all devices: no answer, and links go on."""
     before = held(mesh)
     mark = f"JUNK{secrets.token_hex(6)}"
-    said = []
+    addresses = [str(node.address) for node in mesh.lab.nodes]
     with steady_requests(mesh, mesh.tasks(WEB)[0]) as wrong:
-        for node in mesh.lab.nodes:
-            said.append(mesh.exec(robber, "python3", "-c", JUNK, str(node.address), "51820", "51832", mark))
+        said = [mesh.exec(robber, "python3", "-c", JUNK, it, "51820", "51832", mark) for it in addresses]
     assert all(line.startswith("silence") for line in said), said
     assert any(line.strip() != "silence 0" for line in said), "nothing could be sent, so this shows nothing"
     assert wrong == []
