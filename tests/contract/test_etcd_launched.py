@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from controller.etcd import EtcdServerSettings, arguments
+from controller.etcd import EtcdServerSettings, arguments, note_roots
 from hivewire.errors import NoPermission
 from hivewire.store.api import AddUser, EnableAccess, GiveRole, TlsCredentials
 from hivewire.store.etcd import EtcdSettings, EtcdStore
@@ -30,6 +31,7 @@ class Launched:
     authority: Authority
     client: int
     peer: int
+    process: "subprocess.Popen[bytes] | None" = None
 
     def command(self) -> list[str]:
         settings = EtcdServerSettings(
@@ -65,10 +67,15 @@ def launched(tmp_path: Path) -> Iterator[Launched]:
     for name, pem in zip(_FILES, (mine.cert_pem, mine.key_pem, authority.pem), strict=True):
         (tmp_path / name).write_bytes(pem)
     found = Launched(tmp_path, authority, *free_ports(2))
-    process = start(found)
+    found.process = start(found)
     yield found
-    process.kill()
-    process.wait()
+    stop(found)
+
+
+def stop(launched: Launched) -> None:
+    assert launched.process is not None
+    launched.process.kill()
+    launched.process.wait()
 
 
 def start(launched: Launched) -> "subprocess.Popen[bytes]":
@@ -144,3 +151,32 @@ def test_data_of_a_member_with_a_plain_peer_port(tmp_path: Path, launched: Launc
     store.close()
     new.kill()
     new.wait()
+
+
+def test_another_ca_takes_another_start(launched: Launched) -> None:
+    """etcd keeps the roots that it began with: the health check of the stack file tells, and a start puts it right."""
+    settings = EtcdServerSettings(identity_ca=launched.folder / _FILES[2], etcd_data=launched.folder)
+    note_roots(settings)
+    assert is_healthy(launched)
+    launched.authority = Authority("another-ca")
+    mine = launched.authority.issue("m1", "swarm-manager")
+    for name, pem in zip(_FILES, (mine.cert_pem, mine.key_pem, launched.authority.pem), strict=True):
+        (launched.folder / name).write_bytes(pem)
+    renewed = launched.authority.issue("w1", "swarm-worker")
+    assert launched.ask(launched.client, "GET /health", renewed) == "", "it knows the new root: the check is not needed"
+    assert not is_healthy(launched)
+    stop(launched)
+    note_roots(settings)
+    launched.process = start(launched)
+    assert launched.ask(launched.client, "GET /health", renewed).endswith("200 OK")
+    assert is_healthy(launched)
+
+
+def is_healthy(launched: Launched) -> bool:
+    """As the engine asks, with the paths of this test."""
+    stack = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "stack.yml").read_text())
+    command = stack["services"]["etcd"]["healthcheck"]["test"].replace("$$", "$")
+    assert "/var/lib/etcd" in command
+    command = command.replace("/var/lib/etcd", str(launched.folder))
+    environment = {**os.environ, "HIVEWIRE_IDENTITY_CA": str(launched.folder / _FILES[2])}
+    return subprocess.run(["sh", "-c", command], env=environment, check=False).returncode == 0
