@@ -294,9 +294,7 @@ def test_ways_around_are_worth_nothing(site: Site, ledger: Ledger, who: str) -> 
                 continue
             assert node is not None, f"{who} has no certificate of the Swarm, and did: {verb}"
             through.add(verb)
-            if (
-                "delete" in verb
-            ):  # it closes and never opens, which tests of the readers show; see test_store_writer too
+            if "delete" in verb:  # it closes and never opens: see test_store_writer
                 site.mend(key)
                 continue
             item = site.manager.get(key)

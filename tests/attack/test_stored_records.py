@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.tasks import TaskEvent
 from hivewire.errors import InvalidRecord
 from hivewire.identity import MANAGER
 from hivewire.records import (
@@ -209,6 +210,32 @@ def test_an_old_backup_brings_nothing_back_and_loses_nobody(world: World, ledger
     assert not any(key.startswith(PEERS) and gone.id in key for key in world.stored())
     ledger.note("operator or thief", f"etcd's state from {later_s / 60:.0f} min ago, all started again upon it",
                 "the task stays out, nobody else loses a peer", "store.rolled_back in the log")  # fmt: skip
+
+
+def test_a_backup_with_a_task_s_earlier_key(world: World) -> None:
+    """The policies in the backup are good, one peer is older than what agents have seen: that is no reason to let go of
+    the present one, and the earlier key is nobody's peer at any moment.
+    """
+    backup = world.stored()
+    agent = next(it for it in world.agents.values() if it.engine.running)
+    task, local = next(iter(agent.engine.running.items()))
+    device = agent.kernel.namespaces[local.sandbox].device
+    assert device is not None
+    earlier = str(device.public_key)
+    agent.kernel.namespaces[local.sandbox].device = None
+    agent.loop.on_event(TaskEvent(task, "start", stops=False))
+    world.settle(20)
+    world.resync()
+    world.settle(10)
+    before = world.kernels()
+    assert not list(peers_named(world, earlier))
+    world.restore(backup)
+    for _ in range(200):
+        world.settle(0.5)
+        assert without_rules(before, world.kernels()) == {}
+    world.resync()
+    world.settle(40)
+    assert difference(before, world.kernels()) == {}
 
 
 def test_a_backup_from_before_a_revocation_opens_nothing(world: World) -> None:

@@ -107,6 +107,13 @@ def test_records_that_cannot_be_trusted() -> None:
     assert get(samples, "hivewire_unverified_records", kind="other") == 1
 
 
+def test_refusals_of_records_are_counted() -> None:
+    """By cause, from zero on."""
+    samples = scrape(connect(FakeSource(shop()), Vitals(records_refused={"replay": 3})))
+    assert get(samples, "hivewire_record_refusals_total", cause="replay") == 3
+    assert get(samples, "hivewire_record_refusals_total", cause="clock") == 0
+
+
 def test_before_the_first_reading_only_the_controller_is_told_of() -> None:
     """A scrape works at any time; no number of the mesh is made up."""
     samples = scrape(connect(FakeSource(None), Vitals({"node": 1.5e9}, 7, 8, 9)))

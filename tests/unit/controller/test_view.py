@@ -37,7 +37,7 @@ from controller import view
 from controller.api.shapes import DeniedCount, LinkState, Result, TaskState
 from controller.state import Component, MeshState, RefusedClaim
 from hivewire.ids import TaskId
-from hivewire.records import Finding, Mode, Severity, TaskPhase
+from hivewire.records import Doubt, Finding, Mode, Severity, TaskPhase
 from hivewire.reports import InterfaceReport
 
 SECURE, IDLE, STALE, PENDING, UNKNOWN = LinkState
@@ -282,6 +282,22 @@ def test_findings_are_the_worst_first_and_each_once() -> None:
     state = shop()
     shown = view.findings(draw(replace(state, findings=(*state.findings, bad))))
     assert [(it.severity, it.code) for it in shown] == [(Severity.ERROR, "HW999"), (Severity.WARNING, "HW301")]
+
+
+def test_what_a_node_does_not_believe_is_a_finding() -> None:
+    """With the node's name, the record and the reason; what the controller does not believe either is said once."""
+    doubts = (
+        Doubt(key="/hivewire/v1/policies/x", reason="the clock"),
+        Doubt(key="/hivewire/v1/peers/s/t", reason="no"),
+    )
+    nodes = {**shop().nodes, NODE2: agent(NODE2, 2, doubts=doubts)}
+    state = shop(nodes=nodes, unverified={"/hivewire/v1/peers/s/t": "no"})
+    shown = [(it.code, it.message) for it in view.findings(draw(state)) if it.severity is Severity.ERROR]
+    name = nodes[NODE2].hostname
+    assert shown == [
+        ("HW320", "the record /hivewire/v1/peers/s/t has no effect: no"),
+        ("HW321", f"the agent on {name} does not believe the record /hivewire/v1/policies/x: the clock"),
+    ]
 
 
 BAD = Finding(code="HW110", severity=Severity.ERROR, subject="shop_web", message="cannot read", remedy="write")
