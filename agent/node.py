@@ -46,6 +46,7 @@ class NodePresence:
         self._log = logs.get()
         self._lease: LeaseId | None = None
         self._stored: Signed[NodeRecord] | None = None
+        self._value = b""
         self.record = record
 
     def run(self, stop: threading.Event) -> None:
@@ -73,11 +74,16 @@ class NodePresence:
             self._store.keepalive(self._lease)
         self.record = msgspec.structs.replace(self.record, doubts=_short(self._doubts()))
         stored = self._stored
-        if stored is None or stored.record != self.record or self._signatures.is_worn(stored):
-            record, key = self.record, node_key(self.record.node)
+        record, key = self.record, node_key(self.record.node)
+        if stored is None or stored.record != record or self._signatures.is_worn(stored) or not self._is_there(key):
             value = self._signatures.sign(record)
             self._store.txn((), (Put(key, value, self._lease),))
-            self._stored = self._signatures.verify(NodeRecord, key, value)
+            self._stored, self._value = self._signatures.verify(NodeRecord, key, value), value
+
+    def _is_there(self, key: str) -> bool:
+        """Whether the store holds what was written last: somebody else may have put something in its place."""
+        item = self._store.get(key)
+        return item is not None and (item.value, item.lease) == (self._value, self._lease)
 
     def remeasure(self) -> None:
         """Take the underlay's MTU as it is now. Raises InvalidSettings where no interface has the address."""

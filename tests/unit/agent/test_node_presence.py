@@ -227,3 +227,20 @@ def test_doubts_are_told(rig: Rig) -> None:
     stored = rig.stored()
     assert stored is not None
     assert stored.doubts == ()
+
+
+def test_what_somebody_put_in_its_place_goes(rig: Rig) -> None:
+    """Another value, the same without the lease, and a deletion are put right at the next step."""
+    rig.presence.step()
+    good = rig.store.get(KEY)
+    assert good is not None
+    for spoil in (
+        lambda: rig.store.put(KEY, b"nonsense"),
+        lambda: rig.store.put(KEY, good.value),
+        lambda: rig.store.delete(KEY),
+    ):
+        spoil()
+        rig.presence.step()
+        item = rig.store.get(KEY)
+        assert item is not None
+        assert (item.value, item.lease) == (good.value, good.lease)
