@@ -84,6 +84,8 @@ FOLLOW_NODES_S: Final = 5.0
 MANY_CLAIMS: Final = 100
 #: So long wait the claims of a node that writes more of them than it can have tasks.
 FLOOD_WAIT_S: Final = 5.0
+#: A change of a node's own record costs as much as so many claims: the whole mesh is read for it.
+NODE_RECORD_COST: Final = 25
 #: Those that Swarm no longer wants too: they are peers until they are gone, so that open connections drain.
 EVERY_STATE: Final = frozenset[str]()
 #: An empty store counts as filled when all running tasks have claimed, or after this time.
@@ -209,14 +211,7 @@ class MeshReconciler:
             if not self.mirror.items(LEADER_KEY):
                 self._leadership().nudge()
         elif prefix == NODES and changed_keys:
-            self._queue.add(WholeMesh())
-            nodes = {split_key(key)[1] for key in changed_keys}
-            with self._lock:
-                waiting = sorted({r.task for r in self._refused.values() if r.node in nodes})
-            for task in waiting:
-                self._queue.add(Claim(task))
-            if any(agent.doubts for agent in self._alive_agents().values()):
-                self._queue.add(AllTasks())
+            self._on_agents({split_key(key)[1] for key in changed_keys})
         elif prefix in (POLICIES, GUARDS, MESH_KEY) and changed_keys:
             self._queue.add(WholeMesh())
         elif prefix == PEERS and any(key in self._peers.refused for key in changed_keys):
@@ -227,6 +222,22 @@ class MeshReconciler:
             # Puts back what was deleted without a release, and removes what nobody may believe.
             self._queue.add(WholeMesh())
         elif prefix == PEERS and complete and changed_keys:
+            self._queue.add(AllTasks())
+
+    def _on_agents(self, nodes: set[str]) -> None:
+        """Agents registered, changed their word or went; one that does so without end has to wait."""
+        prompt = {node for node in nodes if self._budget.spend((node, "record"), NODE_RECORD_COST)}
+        if prompt < nodes:
+            self._queue.add_after(WholeMesh(), FLOOD_WAIT_S)
+            self._queue.add_after(AllTasks(), FLOOD_WAIT_S)
+        if not prompt:
+            return
+        self._queue.add(WholeMesh())
+        with self._lock:
+            waiting = sorted({r.task for r in self._refused.values() if r.node in prompt})
+        for task in waiting:
+            self._queue.add(Claim(task))
+        if any(doubt.seen for agent in self._alive_agents().values() for doubt in agent.doubts):
             self._queue.add(AllTasks())
 
     def _on_claims(self, changed_keys: frozenset[str], *, complete: bool) -> None:

@@ -1013,6 +1013,25 @@ def test_a_flood_of_claims_costs_little(cluster: Cluster, monkeypatch: pytest.Mo
     assert asked.count("one") == 0, "one listing instead of a question each"
 
 
+def test_a_node_that_registers_without_end_has_to_wait(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record a thousand times over makes few readings of the Swarm, and what it says last counts."""
+    read: list[int] = []
+    snapshot = cluster.swarm.snapshot
+    monkeypatch.setattr(cluster.swarm, "snapshot", lambda: read.append(1) or snapshot())
+    node = cluster.node
+    cluster.settle(2.0)
+    read.clear()
+    for number in range(1000):
+        cluster.agent(node, underlay=f"198.51.100.{number % 200}")
+        if number % 5 == 0:
+            cluster.settle(0.1)
+    assert len(read) < 80, "a burst of twenty, and two more each second"
+    read.clear()
+    cluster.settle(6.0)
+    assert 0 < len(read) < 5
+    assert str(cluster.one.reconciler.state().nodes[node].underlay_address) == "198.51.100.199"
+
+
 def test_an_address_that_another_agent_registered(cluster: Cluster) -> None:
     """A node may register an address of its own, but not one that another node's agent has registered; and no word of
     an agent takes away the address that a node has in the Swarm.
