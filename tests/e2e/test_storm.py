@@ -25,7 +25,6 @@ from tests.e2e.test_matrix import flushed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
-NETWORK = "storm"
 SERVER, CLIENT, STRANGER, PLAIN, SINK = (f"storm_{n}" for n in ("server", "client", "stranger", "plain", "sink"))
 LINKED, OTHER = 7000, 7001
 """The port of the link, and one that no link names."""
@@ -71,21 +70,22 @@ class Storm:
 
 @pytest.fixture(scope="module", params=["strict", "default"])
 def storm(mesh: Deployed, request: pytest.FixtureRequest) -> Iterator[Storm]:
-    mesh.docker("network", "create", "--driver", "overlay", "--label", f"hivewire.guard={request.param}", NETWORK)
+    network = f"storm_{request.param}"
+    mesh.docker("network", "create", "--driver", "overlay", "--label", f"hivewire.guard={request.param}", network)
     storm = Storm(mesh, request.param, {})
     try:
-        _create(mesh, SERVER, [streams.SERVER, str(LINKED), str(OTHER)], "--mode", "global",
+        _create(mesh, network, SERVER, [streams.SERVER, str(LINKED), str(OTHER)], "--mode", "global",
                 "--label", "hivewire.mode=enforce", "--label", f"hivewire.allow={CLIENT}")  # fmt: skip
-        _create(mesh, SINK, [streams.SERVER, str(LINKED), str(OTHER)], "--constraint", "node.hostname==n2")
+        _create(mesh, network, SINK, [streams.SERVER, str(LINKED), str(OTHER)], "--constraint", "node.hostname==n2")
         wait_for("servers and sink", lambda: len(mesh.tasks(SERVER)) == 3 and mesh.tasks(SINK), 60)
-        _create(mesh, CLIENT, ["import signal; signal.sigwait([15])"], "--constraint", "node.hostname==n1",
+        _create(mesh, network, CLIENT, ["import signal; signal.sigwait([15])"], "--constraint", "node.hostname==n1",
                 "--label", f"hivewire.links={SERVER}:{LINKED} {SERVER}:{LINKED}/udp")  # fmt: skip
         targets = [f"tasks.{SERVER}", f"tasks.{SINK}"]
         known = ",".join(a for t in (*mesh.tasks(SERVER), *mesh.tasks(SINK)) for a in mesh.addresses(t))
         mesh.wait_ready(90)
-        _create(mesh, STRANGER, [ATTEMPTS, known, *targets], "--mode", "global", "--label", "hivewire.mode=enforce",
+        _create(mesh, network, STRANGER, [ATTEMPTS, known, *targets], "--mode", "global", "--label", "hivewire.mode=enforce",
                 "--env", f"MARK={MARKS[STRANGER]}")  # fmt: skip
-        _create(mesh, PLAIN, [ATTEMPTS, known, *targets], "--mode", "global", "--env", f"MARK={MARKS[PLAIN]}")
+        _create(mesh, network, PLAIN, [ATTEMPTS, known, *targets], "--mode", "global", "--env", f"MARK={MARKS[PLAIN]}")
         for service in (STRANGER, PLAIN):
             wait_for(service, lambda s=service: len(mesh.tasks(s)) == 3, 60)
         mesh.wait_ready(90)
@@ -96,10 +96,11 @@ def storm(mesh: Deployed, request: pytest.FixtureRequest) -> Iterator[Storm]:
         file = FIGURES / f"storm-{request.param}-{mesh.lab.engine}.json"
         file.write_text(json.dumps(storm.figures, indent=2) + "\n")
         mesh.lab.docker(mesh.manager, "service", "rm", SERVER, CLIENT, STRANGER, PLAIN, SINK, check=False)
-        with suppress(LabError):
+        with suppress(LabError):  # of a node whose engine was restarted Swarm may know late that nothing runs there
+            wait_for("no task", lambda: not any(map(mesh.tasks, (SERVER, CLIENT, STRANGER, PLAIN, SINK))), 60)
             wait_for(
                 "the network gone",
-                lambda: mesh.lab.docker(mesh.manager, "network", "rm", NETWORK, check=False).returncode == 0,
+                lambda: mesh.lab.docker(mesh.manager, "network", "rm", network, check=False).returncode == 0,
                 60,
             )
 
@@ -210,8 +211,8 @@ def _openings(mesh: Deployed, wire: Capture, service: str) -> int:
     return wire.count(f"udp dst port 4789 and udp[28:2] = 0x0800 and ({sources})")
 
 
-def _create(mesh: Deployed, name: str, program: list[str], *options: str) -> None:
+def _create(mesh: Deployed, network: str, name: str, program: list[str], *options: str) -> None:
     mesh.docker(
-        "service", "create", "--detach", "--quiet", "--name", name, "--network", NETWORK,
+        "service", "create", "--detach", "--quiet", "--name", name, "--network", network,
         "--stop-grace-period", "1s", "--restart-delay", "1s", *options, Images().demo, "python3", "-c", *program,
     )  # fmt: skip
