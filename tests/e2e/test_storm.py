@@ -83,7 +83,8 @@ def storm(mesh: Deployed, request: pytest.FixtureRequest) -> Iterator[Storm]:
         targets = [f"tasks.{SERVER}", f"tasks.{SINK}"]
         known = ",".join(a for t in (*mesh.tasks(SERVER), *mesh.tasks(SINK)) for a in mesh.addresses(t))
         mesh.wait_ready(90)
-        _create(mesh, network, STRANGER, [ATTEMPTS, known, *targets], "--mode", "global", "--label", "hivewire.mode=enforce",
+        enforced = ("--label", "hivewire.mode=enforce")
+        _create(mesh, network, STRANGER, [ATTEMPTS, known, *targets], "--mode", "global", *enforced,
                 "--env", f"MARK={MARKS[STRANGER]}")  # fmt: skip
         _create(mesh, network, PLAIN, [ATTEMPTS, known, *targets], "--mode", "global", "--env", f"MARK={MARKS[PLAIN]}")
         for service in (STRANGER, PLAIN):
