@@ -413,6 +413,7 @@ backends = st.builds(
     st.just(IPv4Address("10.1.0.2")),
     st.lists(addresses, max_size=3, unique=True).map(tuple),
 )
+# One range of each protocol: those that meet are joined.
 some_ports = st.lists(
     st.builds(
         lambda protocol, first, more: PortRange(protocol=protocol, first=first, last=first + more),
@@ -421,20 +422,37 @@ some_ports = st.lists(
         st.integers(0, 1),
     ),
     max_size=2,
+    unique_by=lambda ports: ports.protocol,
 )
 sources = st.builds(
     Source,
     st.just("name"),
-    st.lists(addresses, min_size=1, max_size=3, unique=True).map(tuple),
+    st.lists(addresses, min_size=1, max_size=3, unique=True).map(sorted).map(tuple),
     # The rules name TCP before UDP: the order of the two means nothing.
-    st.none() | some_ports.map(lambda ports: tuple(sorted(ports, key=lambda p: (p.protocol.value, p.first, p.last)))),
+    st.none() | some_ports.map(lambda ports: tuple(sorted(ports, key=lambda p: p.protocol.value))),
 )
+
+
+def plainly(rules: RuleSet) -> RuleSet:
+    """Without what says nothing: a VIP or a source for the second time, and an order that is none."""
+    vips = {b.vip: b for b in reversed(rules.backends)}
+    claimed: set[IPv4Address] = set()
+    kept = [s for s in rules.sources if claimed.isdisjoint(s.addresses) and not claimed.update(s.addresses)]
+    return replace(
+        rules,
+        backends=tuple(sorted(vips.values(), key=lambda b: (not b.addresses, b.vip))),
+        sources=tuple(sorted(kept, key=lambda s: s.addresses)),
+    )
+
+
 rule_sets = st.builds(
-    lambda interfaces, served, closed, found: RuleSet(
-        True,
-        tuple(interfaces),
-        (*(b for b in served if b.addresses), *(b for b in closed if not b.addresses)),
-        tuple(found),
+    lambda interfaces, served, closed, found: plainly(
+        RuleSet(
+            True,
+            tuple(interfaces),
+            (*(b for b in served if b.addresses), *(b for b in closed if not b.addresses)),
+            tuple(found),
+        )
     ),
     st.lists(st.sampled_from(["eth0", "eth1", "eth2"]), max_size=2),
     st.lists(backends, max_size=2),
