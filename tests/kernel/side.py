@@ -91,7 +91,7 @@ class Side:
 
     def balancer(self, node: str) -> str:
         """The address of Swarm's balancer on a node: the source of what its IPVS passes on."""
-        template = "{{range .Containers}}{{.Name}} {{.IPv4Address}}\n{{end}}"
+        template = "{{range $name, $it := .Containers}}{{$name}} {{$it.IPv4Address}}\n{{end}}"
         lines = self.mesh.lab.docker(node, "network", "inspect", "-f", template, NETWORK).stdout.splitlines()
         return next(line.split()[1].split("/")[0] for line in lines if line.startswith("lb-"))
 
