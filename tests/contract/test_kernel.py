@@ -887,16 +887,20 @@ def test_what_a_task_put_into_its_namespace_cannot_end_the_agent(real: RealBench
     numbers = {3: 0, 4: 7, 5: 4, 10: 1}  # linux/netfilter/nf_tables.h: flags, type and length of the key, id
     parts = [table, attribute(2, b"s\0"), *(attribute(kind, n.to_bytes(4, "big")) for kind, n in numbers.items())]
 
-    def request(kind: int, body: bytes, flags: int = rtnetlink.NLM_F_CREATE) -> Request:
+    def request(kind: int, body: bytes) -> Request:
+        flags = rtnetlink.NLM_F_ACK | (rtnetlink.NLM_F_CREATE if kind != 2 else 0)
         return Request(10 << 8 | kind, struct.pack("=BBH", 1, 0, 0) + body, flags)
 
-    begin, end = (Request(kind, bytes(2) + (10).to_bytes(2, "big")) for kind in (16, 17))
-    added = [request(0, table), request(9, b"".join(parts) + attribute(13, user_data))]
+    def transaction(tables: Netlink, *requests: Request) -> None:
+        begin, end = (Request(kind, bytes(2) + (10).to_bytes(2, "big")) for kind in (16, 17))
+        for number in tables._send([begin, *requests, end])[1:-1]:
+            tables._collect(number)
+
     with contextlib.closing(run_in(task.namespace, lambda: Netlink(rtnetlink.NETLINK_NETFILTER, Calls()))) as tables:
-        assert tables.ask_all([begin, *added, end]) == [None] * 4
+        transaction(tables, request(0, table), request(9, b"".join(parts) + attribute(13, user_data)))
         with contextlib.suppress(KernelBusy):
             apply(real, task, SetRules(rules("abcd1234"), "abcd1234"))
-        assert tables.ask_all([begin, request(2, table, 0), end]) == [None] * 3
+        transaction(tables, request(2, table))
     apply(real, task, SetRules(rules("abcd1234"), "abcd1234"))
     assert observe(real, task).rules == "abcd1234"
 
