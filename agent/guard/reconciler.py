@@ -151,9 +151,8 @@ class GuardReconciler:
                 self._closed.pop(file, None)
             return Outcome(file, "is gone")
         record = self._record(file)
-        outdated = self._remove_outdated_edges(file)
         if record is None:  # a deletion says nothing: whoever gets at etcd can delete
-            return Outcome(file, "no guard known", ops=outdated)
+            return Outcome(file, "no guard known", ops=self._remove_outdated_edges(file))
         if not (record.strict or record.enforced):
             self._closed[file] = frozenset()
             return self._release(record, file)
@@ -178,7 +177,8 @@ class GuardReconciler:
                 done = self._apply(file, record, space, rules, observed.counts)
                 ops += done.ops
                 since_created_s = done.since_created_s if not observed.digest else None
-        ops += (*self._settle_edge(record, rules), *outdated)
+        # The guard first: it has to be there before a task's first packet.
+        ops += (*self._settle_edge(record, rules), *self._remove_outdated_edges(file))
         return Outcome(file, "guarded" if ops else "in order", record.name, tuple(ops), since_created_s)
 
     def _shut_out(self, local: LocalNetwork) -> frozenset[ContainerId]:
@@ -254,13 +254,13 @@ class GuardReconciler:
             self._notes(file, space)
 
     def _release(self, record: GuardRecord, file: str) -> Outcome:
-        self._settle_edge(record, SHUT)
+        ops = (*self._settle_edge(record, SHUT), *self._remove_outdated_edges(file))
         with self._opened(file) as space:
             if not space.observe().digest:
-                return Outcome(file, "not guarded")
+                return Outcome(file, "not guarded", ops=ops)
             self._save_notes(file, space)
             space.remove()
-        return Outcome(file, "no longer guarded", ops=("remove the guard",))
+        return Outcome(file, "no longer guarded", ops=(*ops, "remove the guard"))
 
     def _apply(
         self, file: str, record: GuardRecord, space: Space, rules: Rules, counts: Mapping[str, Count]
