@@ -26,6 +26,22 @@ with open("{BEATS}", "w", buffering=1) as beats:
         time.sleep(0.02)
 """
 """One connection to db, asked again and again: a line per answer."""
+FRAMES = """
+import socket, struct, sys
+link, own, other = sys.argv[1], *map(socket.inet_aton, sys.argv[2:])
+mac = lambda address: bytes([2, 0x42]) + address
+udp = struct.pack("!HHHH", 7, 7, 12, 0) + b"mark"
+ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0) + own + other
+words = sum(struct.unpack("!10H", ip))
+while words >> 16:
+    words = (words >> 16) + (words & 0xFFFF)
+ip = ip[:10] + struct.pack("!H", ~words & 0xFFFF) + ip[12:]
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+    raw.bind((link, 0))
+    for _ in range(3):
+        raw.send(mac(other) + mac(own) + bytes([8, 0]) + ip + udp)
+"""
+"""Sends frames past the rules of the task's own namespace, which CAP_NET_RAW allows."""
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +209,44 @@ def test_quarantine_closes_at_once_and_release_restores(mesh: Deployed) -> None:
     print(f"back {time.time() - asked:.2f} s after the command was begun")
     mesh.wait_ready(60)
     claims.chain_answers(mesh)
+
+
+def test_quarantine_holds_who_makes_its_frames_itself(mesh: Deployed) -> None:
+    """What a task sends past its own rules is dropped outside of it, though its service is not enforced."""
+    (spy,) = mesh.tasks(SPY)
+    (own,), other = mesh.addresses(spy), mesh.addresses(mesh.tasks(DB)[0])[0]
+    network = mesh.docker("network", "inspect", "-f", "{{.ID}}", "demo_app").strip()
+
+    def dropped() -> int:
+        listing = "nft -j list set bridge hivewire denied_no_link_out"
+        look = f"for f in /var/run/docker/netns/*-{network[:10]}; do nsenter --net=$f {listing}; done"
+        sets = [
+            it["set"] for it in json.loads(mesh.lab.exec(spy.node, "sh", "-c", look).stdout)["nftables"] if "set" in it
+        ]
+        elements = [each["elem"] for found in sets for each in found.get("elem", ())]
+        return sum(int(e["counter"]["packets"]) for e in elements if e["val"]["concat"][0] == own)
+
+    def send() -> None:
+        links = json.loads(mesh.in_namespace(spy, "ip", "-j", "address"))
+        link = next(it["ifname"] for it in links if own in [a["local"] for a in it["addr_info"]])
+        mesh.lab.docker(spy.node, "exec", "-u", "root", spy.container, "python3", "-c", FRAMES, link, own, other)
+
+    before = dropped()
+    send()
+    assert dropped() == before, "the control: who is neither enforced nor in quarantine is let through"
+    done = hivewire(mesh, "quarantine", "service", SPY)
+    print(done.stdout, done.stderr)
+    try:
+        wait_for("the guard", lambda: send() or dropped() > before, 30)
+    finally:
+        print(hivewire(mesh, "release", "service", SPY).stdout)
+
+    def is_let_through() -> bool:
+        count = dropped()
+        send()
+        return dropped() == count
+
+    wait_for("the guard lets it go", is_let_through, 30)
 
 
 def test_quarantine_of_one_task_leaves_the_others(mesh: Deployed) -> None:
