@@ -150,6 +150,8 @@ def _chains(rules: RuleSet) -> Iterator[str]:
             f'iifname "{WIREGUARD}" jump from_peers',
             *([f"iifname {overlay} jump from_overlay"] if rules.overlay_interfaces else []),
             *(answers(rules.way_out, "iifname") if enforce else ()),
+            # What neighbours' kernels say to all of a bridge is nobody's attempt.
+            *(f"{match} meta l4proto {{ igmp, ipv6-icmp }} drop" for match in sideways_in if enforce),
             *(f"{match} {only_new}{goto(_NO_LINK_IN)}" for match in sideways_in),
         ],
     )
