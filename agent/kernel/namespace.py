@@ -33,9 +33,12 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 def identify(task: TaskId, path: str) -> Namespace:
     """The namespace behind a path. Raises NamespaceGone where there is none (yet), or where it is the node's own."""
-    with _open(path) as fd:
+    fd = _open(path)
+    try:
         _check(fd, path)
         status = os.fstat(fd)
+    finally:
+        os.close(fd)
     return Namespace(task, path, status.st_dev, status.st_ino)
 
 
@@ -43,11 +46,14 @@ def identify(task: TaskId, path: str) -> Namespace:
 def opened(namespace: Namespace) -> Iterator[int]:
     """A descriptor of the namespace. Raises NamespaceGone where another one is behind its path by now."""
     # What was found is no namespace of the node's own, and its number is nobody else's while that one is there.
-    with _open(namespace.path) as fd:
+    fd = _open(namespace.path)
+    try:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != (namespace.device, namespace.inode):
             raise NamespaceGone(f"{namespace.path} is another network namespace than before")
         yield fd
+    finally:
+        os.close(fd)
 
 
 def run_in(namespace: Namespace, work: Callable[[], R]) -> R:
@@ -61,19 +67,14 @@ def run_in_new(work: Callable[[], R]) -> R:
     return _run(lambda: _call("unshare", _CLONE_NEWNET), work)
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[int]:
+def _open(path: str) -> int:
     try:
         # Not blocking, so that a fifo in the place of a namespace stops nobody.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise NoPermission(f"{path} may not be opened: give the agent CAP_SYS_ADMIN") from error
         raise NamespaceGone(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _check(fd: int, path: str) -> None:
