@@ -134,14 +134,21 @@ def test_a_link_of_running_services_comes_and_goes(pair: Pair) -> None:
     with unharmed(pair, "the mesh disabled"):
         pair.label("--label-rm", "hivewire.links", "--label-rm", "hivewire.mode")
         wait_for("nothing of Hivewire left", pair.is_in_clear, 30)
-    assert (verdict := later.end()).goes_on, verdict
+    verdict = later.end()
+    assert verdict.goes_on, verdict
 
 
-def test_a_running_service_is_enforced_without_a_packet_lost(pair: Pair) -> None:
-    """In enforce too: what is linked has moved before anything is closed."""
-    with unharmed(pair, "the mesh enforced"):
-        pair.label("--label-add", LINK)
-        wait_for("the link", pair.is_linked, 30)
-        wait_for("enforcement", lambda: pair.mode(pair.caller) == "enforce", 30)
-        later = pair.streams()
-    assert (verdict := later.end()).goes_on, verdict
+def test_a_running_service_is_enforced_around_its_connections(pair: Pair) -> None:
+    """In enforce too an open connection goes on; one that begins once it is enforced loses nothing."""
+    before = pair.streams()
+    pair.label("--label-add", LINK)
+    wait_for("the link", pair.is_linked, 30)
+    wait_for("enforcement", lambda: pair.mode(pair.caller) == "enforce", 30)
+    wait_for("a handshake", pair.has_shaken_hands, 30)
+    later = pair.streams()
+    time.sleep(2)
+    verdict = before.end()
+    print(f"the mesh enforced: {verdict}")
+    assert (verdict.tcp_broken, verdict.tcp_back) == ("", verdict.tcp_sent), verdict
+    verdict = later.end()
+    assert verdict.goes_on, verdict
