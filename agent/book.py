@@ -69,6 +69,7 @@ class Book:
             late = frozenset(k for k, since in self._missing_since.items() if now - since >= self._hold_s)
             for key in late:
                 self._forget(key)
+                self._seen.gone(key)  # where it comes back with an old store and still holds, a manager signs it anew
             self._seen.expire()
             # What was refused may be good by now: a clock was set, or a node has become a manager.
             for key in self.unreadable:

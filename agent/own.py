@@ -49,7 +49,9 @@ class OwnRecords:
             value, present = self._stored(key), self._last.get(key)
             if present is None or present[0] != value:
                 found = self._verified(type(record), key, value)
-                present = None if value is None or found is None else (value, found)
+                # Readers have seen the later one: what somebody put back is no good to them, though it says the same.
+                is_older = found is not None and present is not None and found.generation < present[1].generation
+                present = None if value is None or found is None or is_older else (value, found)
             if present is None or present[1].record != record or self._signatures.is_worn(present[1]):
                 value = self._signatures.sign(record)
                 puts.append(Put(key, value))

@@ -88,7 +88,9 @@ def test_it_cannot_write_for_others(mesh: Deployed, hold: Foothold, manager: Foo
     peer = hold.signatures.verify(PeerRecord, stored, records[stored]).record
     policy = hold.signatures.verify(PolicyRecord, policy_key(api), records[policy_key(api)]).record
     wanted = {
-        "to write another node's claim": claim(mesh, hold, victim, API, node=other, task=TaskId("thief")),
+        "to write another node's claim": msgspec.structs.replace(
+            claim(mesh, hold, victim, API, node=other), task=TaskId("thief")
+        ),
         "to write a peer": msgspec.structs.replace(peer, task=TaskId("thief"), public_key=own_key),
         "to give a peer its own key": msgspec.structs.replace(peer, public_key=own_key),
         "to switch a policy off": msgspec.structs.replace(policy, mode=Mode.OFF),

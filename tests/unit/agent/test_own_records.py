@@ -1,16 +1,21 @@
 """Claims and statuses of this node's tasks: written when they change, and again when the store lost them."""
 
+from pathlib import Path
+
 import pytest
 
 from agent.own import OwnRecords
 from hivewire.errors import StoreUnavailable
+from hivewire.identity import WORKER
 from hivewire.ids import NodeId, ServiceId, TaskId
 from hivewire.records import ClaimRecord, StatusRecord, TaskPhase, claim_key, encode, status_key
+from hivewire.signed import Managers, SwarmSignatures
 from hivewire.store.memory import MemoryStore
 from hivewire.store.mirror import Mirror
 from tests.fakes.clock import FakeClock
 from tests.fakes.signatures import Unsigned
 from tests.unit.agent.values import container_id, endpoint, public_key
+from tests.unit.hivewire.swarm_pki import SwarmCa
 
 NODE, TASK = NodeId("node-1"), TaskId("web.1")
 CLAIM_KEY, STATUS_KEY = claim_key(NODE, TASK), status_key(NODE, TASK)
@@ -198,3 +203,19 @@ def test_a_worn_signature_is_written_anew(rig: Rig, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Unsigned, "is_worn", lambda *_: True)
     rig.own.write(BOTH)
     assert rig.own.transactions == before + 1
+
+
+def test_an_older_copy_is_written_over(rig: Rig, tmp_path: Path) -> None:
+    """What this node signed before, put back by somebody, says the same and is written again: readers refuse it."""
+    signing = SwarmSignatures(SwarmCa().source(tmp_path, NODE, WORKER), Managers(frozenset))
+    own = OwnRecords(rig.store, rig.mirror, signing, NODE)
+    old = signing.sign(claim())
+    own.write({CLAIM_KEY: claim()})
+    rig.step()
+    rig.store.put(CLAIM_KEY, old)
+    rig.step()
+    own.write({CLAIM_KEY: claim()})
+    item = rig.store.get(CLAIM_KEY)
+    assert item is not None
+    assert item.value != old
+    assert signing.verify(ClaimRecord, CLAIM_KEY, item.value).record == claim()
