@@ -229,6 +229,8 @@ class ControllerMachine(RuleBasedStateMachine):
             replica.is_frozen = False
         # Long enough for a silent watch, a lease and the longest delay of a retry.
         self.cluster.settle(45.0)
+        if not self.cluster.mesh().settled:  # which comes a minute after a loss where not every task has claimed
+            self.cluster.settle(40.0)
 
     def _check_policies(self) -> None:
         swarm, stored = self.cluster.swarm.snapshot(), self.cluster.stored(POLICIES)
