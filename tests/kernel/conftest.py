@@ -1,4 +1,4 @@
-"""Tests of what only a kernel with WireGuard, IPVS and IPsec can show. `make kernel` runs them in a virtual machine."""
+"""What only a kernel with WireGuard, IPVS and IPsec can show. `make kernel-lab` runs it in a virtual machine."""
 
 import os
 import subprocess
@@ -16,4 +16,4 @@ def machine() -> None:
         pytest.skip("these tests make network namespaces: run them as root on Linux")
     dry = subprocess.run(("modprobe", "--dry-run", "--quiet", "--all", *NEEDED), check=False)
     if dry.returncode != 0:
-        pytest.skip(f"this kernel has not all of {', '.join(NEEDED)}: make kernel runs these tests on one that has")
+        pytest.skip(f"this kernel has not all of {', '.join(NEEDED)}: make kernel-lab runs these tests on one that has")
