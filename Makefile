@@ -40,7 +40,7 @@ KERNEL_CONTRACT := $(foreach name,kernel mtu activation,tests/contract/test_$(na
 
 kernel: $(READY) packages  ## The contract of kernels on kernel WireGuard: Debian's 6.1 and 6.12, in virtual machines (emulated).
 	for kernel in $(KERNELS); do \
-	    deploy/vm/run --kernel $$kernel --limit 1500 $(GUEST_PYTEST) -k '[kernel' $(KERNEL_CONTRACT) || exit; \
+	    HIVEWIRE_TEST_PATIENCE=6 deploy/vm/run --kernel $$kernel --limit 1500 $(GUEST_PYTEST) -k '[kernel' $(KERNEL_CONTRACT) || exit; \
 	done
 
 # Of all that, the lab in a guest is the slow part: hours beside other work, and not seen to its end yet.

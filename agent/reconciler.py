@@ -107,10 +107,14 @@ class TaskReconciler:
         bridge: Callable[[], Bridge | None] = lambda: None,
         paths: Paths = lambda _endpoints: {},
         grace: Grace | None = None,
+        receiving_s: float = RECEIVING_S,
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """``bridge`` is that of the node's tasks' way out, as it is now."""
+        """``bridge`` is that of the node's tasks' way out, as it is now.
+
+        ``receiving_s``: for so long a task that leaves the mesh goes on receiving over WireGuard.
+        """
         self._node = node
         self._bridge = bridge
         self._tasks = tasks
@@ -120,6 +124,7 @@ class TaskReconciler:
         self._book = book
         self._paths = paths
         self._grace = grace or Grace(monotonic)
+        self._receiving_s = receiving_s
         self._monotonic = monotonic
         self._now = now
         self._log = logs.get()
@@ -435,7 +440,7 @@ class TaskReconciler:
             if observed.interface is not None:
                 # The other side may send through it until it has heard of this as well.
                 with self._lock:
-                    ends_at = self._leaving.setdefault(local.task, self._monotonic() + RECEIVING_S)
+                    ends_at = self._leaving.setdefault(local.task, self._monotonic() + self._receiving_s)
                 receiving = self._monotonic() < ends_at
             ops = plan_removal(observed, receiving=receiving)
             self._save_notes(local, session, observed, ops)
@@ -444,7 +449,7 @@ class TaskReconciler:
                 self._grace.left(local.container)
         self._unwrite(local.task)
         if receiving:
-            self._queue.add_after(local.task, RECEIVING_S)
+            self._queue.add_after(local.task, self._receiving_s)
             return Outcome(local.task, "leaves the mesh", ops)
         with self._lock:
             self._leaving.pop(local.task, None)

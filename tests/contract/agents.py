@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from lab.patience import patient
+
 from agent.book import Book
 from agent.grace import Grace
 from agent.kernel.paths import PathSockets
 from agent.ops import ForgetFlows, Op
 from agent.paths import PathWatch
-from agent.reconciler import TaskReconciler
+from agent.reconciler import RECEIVING_S, TaskReconciler
 from agent.seen import Seen
 from agent.tasks import LocalTask, TaskEvent
 from agent.wiring import queue_all
@@ -157,6 +159,7 @@ class Agent:
             book=Book(Unsigned(), Seen()),
             paths=self.paths,
             grace=Grace(known_s=0.2),
+            receiving_s=patient(RECEIVING_S),
         )
         self.reconciler.resync()
 
