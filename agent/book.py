@@ -55,13 +55,22 @@ class Book:
                     self._folders.setdefault(_folder(key), set()).add(key)
                     self._missing_since.pop(key, None)
                 elif key.startswith(QUARANTINES):
-                    continue
+                    self._keep_quarantine(key)
                 elif listed:
                     if key in self._values:
                         self._missing_since.setdefault(key, now)
                 else:
                     self._forget(key)
                     self._seen.gone(key)
+
+    def _keep_quarantine(self, key: str) -> None:
+        """Its deletion proves nothing: what was good stays; a value that never was goes, with the complaint about it."""
+        if isinstance(self.unreadable.get(key), UnverifiedRecord):
+            good = self._seen.values().get(key)
+            self._forget(key)
+            if good is not None:
+                self._values[key] = good
+                self._folders.setdefault(_folder(key), set()).add(key)
 
     def expire(self, now: float) -> frozenset[str]:
         """Let go of what has been missing for long enough; returns those keys."""

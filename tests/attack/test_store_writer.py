@@ -102,7 +102,7 @@ def test_forged_records_change_nothing(mesh: Deployed, thief: Foothold, ledger: 
                 f"the end of a forged {key}", partial(thief.is_mended, type(record), key, was_there=not is_new), 30
             )
             assert held(mesh) == before, key
-        assert key in logs(mesh, "controller"), "it shows in the log"
+        wait_for("a line in the log", lambda key=key: key in logs(mesh, "controller", 4000), 30)
         ledger.note("full writer of etcd", f"{type(record).__name__}: {OPENS[type(record)]}",
                     "not believed; a manager's record is there again", "HW320, record.refused")  # fmt: skip
     mesh.wait_ready(60)

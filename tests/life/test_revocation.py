@@ -16,7 +16,7 @@ from proof.claims import API, SPY, WEB
 from proof.deployed import STACK, Deployed, Task, wait_for
 
 from hivewire.identity import SWARM_CERTIFICATES
-from hivewire.records import claim_key
+from hivewire.records import claim_key, node_key
 from tests.attack.foothold import SERVICES, Foothold, agent, logs, node_id, on_worker
 from tests.e2e.test_mesh import all_peers_right
 
@@ -153,7 +153,7 @@ def test_revocations_outlive_a_backup_of_etcd(mesh: Deployed, tmp_path: Path) ->
     mesh.wait_ready(180)
     again = Foothold(mesh, thief.name, tmp_path / "again")
     assert again.node != own, "it is another node now"
-    assert again.believes(key := f"/hivewire/v1/nodes/{again.node}", again.get(key))
+    wait_for("its record", lambda: again.believes(node_key(again.node), again.get(node_key(again.node))), 60)
     assert list(holders(mesh, gone)) == []
     # Its tasks are peers as everybody's.
     mesh.scale(WEB, 5)

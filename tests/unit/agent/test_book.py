@@ -10,12 +10,16 @@ from hivewire.identity import MANAGER
 from hivewire.ids import NodeId, ServiceId, TaskId
 from hivewire.records import (
     MESH_KEY,
+    QUARANTINES,
     SCHEMA,
     MeshRecord,
     Mode,
     PeerRecord,
     PolicyRecord,
+    QuarantineKind,
+    QuarantineRecord,
     encode,
+    key_of,
     peer_key,
     peers_prefix,
     policy_key,
@@ -287,3 +291,21 @@ def test_what_cannot_be_believed_is_no_absence() -> None:
     assert not made.is_in_doubt(peers_prefix(ServiceId("id-other")))
     made.update(FOLDER, {f"{FOLDER}new": None}, listed=False, now=0.0)
     assert not made.is_in_doubt(FOLDER)
+
+
+def test_a_forged_quarantine_that_is_gone_leaves_nothing(manager: SwarmSignatures) -> None:
+    """With its deletion the complaint ends; of one that a manager signed a forgery and a deletion take nothing away."""
+    made = Book(manager)
+    shut = QuarantineRecord(kind=QuarantineKind.SERVICE, id="s", name="s")
+    key = key_of(shut)
+    made.update(QUARANTINES, {key: encode(shut)}, listed=False, now=0.0)
+    assert not made.is_quarantined([key])
+    assert made.doubts() != ()
+    made.update(QUARANTINES, {key: None}, listed=False, now=0.0)
+    assert made.doubts() == ()
+    made.update(QUARANTINES, {key: manager.sign(shut)}, listed=False, now=0.0)
+    assert made.is_quarantined([key])
+    for value in (encode(shut), None):
+        made.update(QUARANTINES, {key: value}, listed=False, now=0.0)
+        assert made.is_quarantined([key])
+    assert made.doubts() == ()
