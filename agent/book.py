@@ -64,7 +64,7 @@ class Book:
                     self._seen.gone(key)
 
     def _keep_quarantine(self, key: str) -> None:
-        """Its deletion proves nothing: what was good stays; a value that never was goes, with the complaint about it."""
+        """Its deletion proves nothing: what was good stays. What never was good goes, with the complaint about it."""
         if isinstance(self.unreadable.get(key), UnverifiedRecord):
             good = self._seen.values().get(key)
             self._forget(key)
