@@ -613,7 +613,8 @@ class MeshReconciler:
         value = self._writer.get(MESH_KEY, MESH_KEY)
         try:
             return None if value is None else self._signatures.verify(MeshRecord, MESH_KEY, value)
-        except InvalidRecord:
+        except InvalidRecord as error:
+            self._log.warning("record.refused", key=MESH_KEY, error=str(error))
             return None
 
     # What it shows.
