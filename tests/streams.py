@@ -44,7 +44,7 @@ def sent_again(tcp: socket.socket) -> int:
 
 
 def _udp() -> socket.socket:
-    """A socket that keeps what comes while its process has to wait for a processor: that would be no loss on the way."""
+    """A socket that keeps what comes while its process waits for a processor: that would be no loss on the way."""
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _KEPT_BYTES)
     return udp
