@@ -263,7 +263,7 @@ class Cluster:
             self.agents[number].step()
         self.admit()
 
-    def until(self, holds: Callable[[], bool], what: str, patience_s: float = 20.0) -> None:
+    def until(self, holds: Callable[[], bool], what: str, patience_s: float = patient(20.0)) -> None:
         """Let the agents work until it holds."""
         deadline = time.monotonic() + patience_s
         while not holds():
