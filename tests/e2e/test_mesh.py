@@ -109,7 +109,7 @@ def test_a_rolling_update_keeps_web_answering(mesh: Deployed) -> None:
     before = {task.container for task in mesh.tasks(API)}
     with steady_requests(mesh, mesh.tasks(WEB)[0]) as wrong:
         mesh.update(API, "--force")
-        wait_for("the update's end", lambda: _update_state(mesh, API) == "completed", 120)
+        wait_for("the update's end", lambda: update_state(mesh, API) == "completed", 120)
     assert wrong == []
     assert before.isdisjoint(task.container for task in mesh.tasks(API))
     wait_for("peers after the update", lambda: all_peers_right(mesh), 60)
@@ -235,7 +235,7 @@ def _findings_for(mesh: Deployed, names: list[str]) -> list[dict[str, str]] | No
     return found if {f["subject"] for f in found} >= set(names) else None
 
 
-def _update_state(mesh: Deployed, service: str) -> str:
+def update_state(mesh: Deployed, service: str) -> str:
     return mesh.docker("service", "inspect", "-f", "{{.UpdateStatus.State}}", service).strip()
 
 

@@ -18,7 +18,7 @@ from proof.deployed import STACK, Deployed, Task, wait_for
 from hivewire.identity import SWARM_CERTIFICATES
 from hivewire.records import claim_key, node_key
 from tests.attack.foothold import SERVICES, Foothold, agent, logs, node_id, on_worker
-from tests.e2e.test_mesh import all_peers_right
+from tests.e2e.test_mesh import all_peers_right, update_state
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -89,6 +89,7 @@ def test_revocations_outlive_a_backup_of_etcd(mesh: Deployed, tmp_path: Path) ->
     mesh.update(SPY, "--label-add", "hivewire.links=db:6379")
     wait_for("the link", lambda: reaches_db(mesh), 60)
     mesh.update(API, "--force")  # one task on each node: all agents know all peers, and remember them
+    wait_for("the update's end", lambda: update_state(mesh, API) == "completed", 120)
     wait_for("api everywhere", lambda: {t.node for t in mesh.tasks(API)} == {n.name for n in mesh.lab.nodes}, 120)
     mesh.wait_ready(120)
     thief = on_worker(mesh, tmp_path)
