@@ -9,12 +9,14 @@ import errno
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from lab.patience import patient
 
 from agent.kernel.namespace import run_in
 from tests.contract.agents import PORT, Cluster, OverlayBench
@@ -112,7 +114,7 @@ class World:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
                 udp.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
                 udp.connect((str(destination.address), PORT))
-                udp.settimeout(5.0)
+                udp.settimeout(patient(5.0))
                 payload = bytes(size - _HEADERS)
                 udp.send(payload)
                 with contextlib.suppress(TimeoutError):
@@ -126,12 +128,14 @@ class World:
 
         def bulk() -> None:
             sent = bytes(400_000)
-            with socket.create_connection((str(destination.address), PORT), timeout=20) as tcp:
-                tcp.sendall(sent)
-                tcp.shutdown(socket.SHUT_WR)
+            with socket.create_connection((str(destination.address), PORT), timeout=patient(20.0)) as tcp:
+                # Beside the reading: with all buffers full, each end would wait for the other to read.
+                sender = threading.Thread(target=lambda: (tcp.sendall(sent), tcp.shutdown(socket.SHUT_WR)))
+                sender.start()
                 back = 0
                 while data := tcp.recv(65536):
                     back += len(data)
+                sender.join()
             assert back == len(sent) // 8 * 12, "the echo has 12 bytes for every 8"
 
         run_in(source.namespace, bulk)
