@@ -22,6 +22,7 @@ from agent.ops import (
     RemovePeer,
     RemoveRoute,
     RemoveRules,
+    Route,
     SetMtu,
     SetRules,
     SetUp,
@@ -113,26 +114,35 @@ def _steps(
     if interface is None or not interface.is_up:
         yield SetUp()
     there = {} if interface is None else interface.peers
-    for key in sorted(desired.peers):
-        yield from _peer(desired.peers[key], there.get(key), now, turn)
+    # Most passes find all as it should be: then each peer and each route is compared once, and nothing is sorted.
+    changes = {k: ops for k, spec in desired.peers.items() if (ops := tuple(_peer(spec, there.get(k), now, turn)))}
+    for key in sorted(changes):
+        yield from changes[key]
     # A link that goes down takes its routes with it.
     routes = observed.routes if interface is not None and interface.is_up else frozenset()
-    for route in sorted(desired.routes - routes, key=str):
+    missing = desired.routes - routes
+    for route in sorted(missing, key=str):
         if route.destination not in held:
             yield AddRoute(route)
-    wanted = {r.destination for r in desired.routes}
+    former_routes = _former_routes(routes, desired.routes) if len(routes) + len(missing) > len(desired.routes) else []
+    former_peers = there.keys() - desired.peers.keys()
     # Rules are replaced as a whole: while records may be missing, only by such that know all that is in place.
-    knows_all = there.keys() <= desired.peers.keys() and {r.destination for r in routes} <= wanted
+    knows_all = not former_routes and not former_peers
     if observed.rules != desired.rules_digest and (prune or knows_all or not observed.rules):
         yield SetRules(desired.rules, desired.rules_digest)
     if prune:
-        for route in sorted(routes - desired.routes, key=str):
-            # A route to the same destination was replaced above.
-            if route.destination not in wanted:
-                yield RemoveRoute(route)
-        yield from _forget(there, desired.peers)
-        for key in sorted(there.keys() - desired.peers.keys()):
+        for route in former_routes:
+            yield RemoveRoute(route)
+        if former_peers or changes:
+            yield from _forget(there, desired.peers)
+        for key in sorted(former_peers):
             yield RemovePeer(key)
+
+
+def _former_routes(there: frozenset[Route], wanted: frozenset[Route]) -> list[Route]:
+    """Those whose destination has no route any more. Where it has another one, that has replaced the former."""
+    destinations = {route.destination for route in wanted}
+    return sorted((r for r in there - wanted if r.destination not in destinations), key=str)
 
 
 def _peer(spec: PeerSpec, there: ObservedPeer | None, now: float, turn: Turn) -> Iterator[Op]:
@@ -141,7 +151,7 @@ def _peer(spec: PeerSpec, there: ObservedPeer | None, now: float, turn: Turn) ->
         return
     # While handshakes succeed the endpoint is right, whatever the record says: WireGuard follows a peer that roams.
     in_session = there.last_handshake is not None and now - there.last_handshake < SESSION_S
-    endpoint = spec.endpoint if there.endpoint != spec.endpoint and not in_session else None
+    endpoint = spec.endpoint if not in_session and there.endpoint != spec.endpoint else None
     allowed_ips = spec.allowed_ips if there.allowed_ips != spec.allowed_ips else None
     keepalive_s = spec.keepalive_s if there.keepalive_s != spec.keepalive_s else None
     if (endpoint, allowed_ips, keepalive_s) != (None, None, None):
