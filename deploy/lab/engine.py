@@ -1,9 +1,11 @@
 """A node's Docker engine: start it, wait for it, kill it, and the command line that talks to it."""
 
 import http.client
+import json
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from lab import processes
 from lab.command import detach
@@ -57,15 +59,34 @@ def kill(node: Node) -> None:
 def is_answering(node: Node) -> bool:
     """Tell whether the engine answers now."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-            channel.settimeout(patient(5))
-            channel.connect(str(node.socket))
-            channel.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            answer = http.client.HTTPResponse(channel)
-            answer.begin()
-            return answer.status == 200
+        status, _ = _get(node, "/_ping", patient(5))
     except (OSError, http.client.HTTPException):
         return False
+    return status == 200
+
+
+def ask(node: Node, path: str) -> Any:
+    """Get a value from the Engine API: what a docker command says, without starting one, which costs more than asking.
+
+    Raises LabError when the engine does not answer, or not with what was asked for.
+    """
+    try:
+        status, said = _get(node, path, patient(60))
+    except (OSError, http.client.HTTPException) as error:
+        raise LabError(f"the engine of {node.name} does not answer GET {path}: {error}") from error
+    if status != 200:
+        raise LabError(f"the engine of {node.name} answers GET {path} with {status}: {said.decode(errors='replace')}")
+    return json.loads(said)
+
+
+def _get(node: Node, path: str, patience_s: float) -> tuple[int, bytes]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        channel.settimeout(patience_s)
+        channel.connect(str(node.socket))
+        channel.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        answer = http.client.HTTPResponse(channel)
+        answer.begin()
+        return answer.status, answer.read()
 
 
 def client(root: Path | None) -> tuple[str, ...]:

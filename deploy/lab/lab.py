@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 from lab import engine, images, lock, node, packages, registry, roots, seed, swarm, sweep, underlay
 from lab.capture import Capture
@@ -196,6 +198,11 @@ class Lab:
         if check and done.returncode != 0:
             raise CommandFailed(argv, done.returncode, done.stdout, done.stderr)
         return done
+
+    def ask(self, name: str | Node, path: str, filters: dict[str, list[str]] | None = None) -> Any:
+        """Get a value from the Engine API of a node. Raises LabError."""
+        query = "?" + urlencode({"filters": json.dumps(filters)}) if filters else ""
+        return engine.ask(self.node(name), path + query)
 
     def exec(
         self, name: str | Node, *argv: str, check: bool = True, text_in: str | None = None, timeout_s: float = 120

@@ -64,21 +64,26 @@ class Deployed:
 
     def tasks(self, service: str) -> list[Task]:
         """The running containers of a service, on all nodes."""
-        ours = ("--no-trunc", "--filter", f"label=com.docker.swarm.service.name={service}")
-        wanted = '{{.ID}} {{.Label "com.docker.swarm.task.name"}} {{.Label "com.docker.swarm.task.id"}}'
         found = []
         for node in self.lab.nodes:
-            for line in self.lab.docker(node.name, "ps", *ours, "--format", wanted).stdout.splitlines():
-                container, name, task = line.split()
-                found.append(Task(service, name, node.name, container, task))
+            for container in self._running(node.name, f"com.docker.swarm.service.name={service}"):
+                labels = container["Labels"]
+                name, task = (labels[f"com.docker.swarm.task.{key}"] for key in ("name", "id"))
+                found.append(Task(service, name, node.name, container["Id"], task))
         return sorted(found)
+
+    def inspect(self, task: Task) -> Any:
+        """A task's container as its engine describes it. Raises LabError when it is gone."""
+        return self.lab.ask(task.node, f"/containers/{task.container}/json")
 
     def docker(self, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 180) -> str:
         return self.lab.docker(self.manager, *arguments, env=env, timeout_s=timeout_s).stdout
 
     def _stack_tasks(self, stack: str) -> bool:
-        label = f"label=com.docker.stack.namespace={stack}"
-        return any(self.lab.docker(n.name, "ps", "-q", "--filter", label).stdout for n in self.lab.nodes)
+        return any(self._running(node.name, f"com.docker.stack.namespace={stack}") for node in self.lab.nodes)
+
+    def _running(self, node: str, label: str) -> Any:
+        return self.lab.ask(node, "/containers/json", {"label": [label]})
 
     # Inside.
 
@@ -124,8 +129,11 @@ class Deployed:
 
     def in_namespace(self, task: Task, *argv: str, check: bool = True) -> str:
         """A program of the node in a task's network namespace."""
-        path = self.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container).stdout
-        return self.lab.exec(task.node, "nsenter", f"--net={path.strip()}", *argv, check=check).stdout
+        return self.lab.exec(task.node, "nsenter", f"--net={self.sandbox(task)}", *argv, check=check).stdout
+
+    def sandbox(self, task: Task) -> str:
+        """The path of a task's network namespace, on its node."""
+        return str(self.inspect(task)["NetworkSettings"]["SandboxKey"])
 
     def wireguard(self, task: Task) -> dict[str, dict[str, Any]]:
         """A task's peers by public key: endpoint, allowed IPs, age of the handshake in seconds (None: never).
@@ -155,10 +163,8 @@ class Deployed:
 
     def addresses(self, task: Task) -> list[str]:
         """The overlay addresses of a task, ingress left out."""
-        template = "{{range $n, $v := .NetworkSettings.Networks}}{{$n}} {{$v.IPAddress}}\n{{end}}"
-        lines = self.lab.docker(task.node, "inspect", "-f", template, task.container).stdout.split("\n")
-        pairs = (line.split() for line in lines if len(line.split()) == 2)
-        return sorted(address for name, address in pairs if name != "ingress")
+        networks = self.inspect(task)["NetworkSettings"]["Networks"]
+        return sorted(at["IPAddress"] for name, at in networks.items() if at["IPAddress"] and name != "ingress")
 
 
 def _files(stack: Path, name: str) -> list[str]:

@@ -119,8 +119,8 @@ def held(mesh: Deployed, *but: Task) -> dict[str, tuple[str, ...]]:
 
 def rules(mesh: Deployed, task: Task) -> str:
     """What the table says of itself: the digest of its text and how much of it there is. The image's nft made it."""
-    path = mesh.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container).stdout.strip()
-    listed = mesh.exec(agent(mesh, task.node), "nsenter", f"--net={path}", "nft", "list", "table", "inet", "hivewire")
+    listing = ("nft", "list", "table", "inet", "hivewire")
+    listed = mesh.exec(agent(mesh, task.node), "nsenter", f"--net={mesh.sandbox(task)}", *listing)
     return next(line.strip() for line in listed.splitlines() if "comment" in line)
 
 

@@ -131,9 +131,7 @@ def robber(mesh: Deployed) -> Iterator[Task]:
 @contextmanager
 def heard(mesh: Deployed, task: Task, file: Path) -> Iterator[Path]:
     """What reaches a task's namespace on any interface, before its own rules see it."""
-    form = "{{.NetworkSettings.SandboxKey}}"
-    sandbox = mesh.lab.docker(task.node, "inspect", "-f", form, task.container).stdout.strip()
-    path = f"/proc/{mesh.lab.node(task.node).pid}/root{sandbox.replace('/var/run/', '/run/')}"
+    path = f"/proc/{mesh.lab.node(task.node).pid}/root{mesh.sandbox(task).replace('/var/run/', '/run/')}"
     options = ("-i", "any", "-Q", "in", "-U", "-n", "-Z", "root", "--immediate-mode", "-w", str(file))
     argv = ["nsenter", f"--net={path}", "tcpdump", *options]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

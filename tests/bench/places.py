@@ -47,10 +47,8 @@ def of_node(lab: Lab, name: str) -> Place:
 
 def of_task(mesh: Deployed, task: Task) -> Place:
     """Found through the node's first process, for the engine keeps namespaces in the node's own /run."""
-    template = "{{.NetworkSettings.SandboxKey}}"
-    key = mesh.lab.docker(task.node, "inspect", "-f", template, task.container).stdout.strip()
     # Not below /var/run: that is a link to /run, which would lead out of the node again.
-    return Place(f"/proc/{mesh.lab.node(task.node).pid}/root/run/docker/netns/{PurePath(key).name}")
+    return Place(f"/proc/{mesh.lab.node(task.node).pid}/root/run/docker/netns/{PurePath(mesh.sandbox(task)).name}")
 
 
 def process_of(mesh: Deployed, task: Task) -> int:

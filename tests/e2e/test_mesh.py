@@ -12,7 +12,7 @@ from pathlib import Path
 
 import docker
 import pytest
-from lab.errors import CommandFailed
+from lab.errors import LabError
 from lab.images import Images
 from lab.patience import patient
 from proof import claims
@@ -52,7 +52,7 @@ def all_peers_right(mesh: Deployed) -> bool:
         for service in (WEB, API, DB):
             for task in mesh.tasks(service):
                 claims.peers_of(mesh, task)
-    except (claims.Disproved, CommandFailed, ValueError):
+    except (claims.Disproved, LabError, ValueError):
         return False
     return True
 

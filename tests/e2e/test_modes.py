@@ -55,9 +55,8 @@ def change_mode(mesh: Deployed, mode: str, *tasks: Task) -> None:
 
 def table(mesh: Deployed, task: Task) -> str:
     """The rules of a task, as the nft of the image lists them, which made them."""
-    path = mesh.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container).stdout.strip()
     listing = ("nft", "list", "table", "inet", "hivewire")
-    return mesh.exec(agent(mesh, task.node), "nsenter", f"--net={path}", *listing, check=False)
+    return mesh.exec(agent(mesh, task.node), "nsenter", f"--net={mesh.sandbox(task)}", *listing, check=False)
 
 
 def test_between_enforce_and_observe_no_connection_is_lost(mesh: Deployed, pair: tuple[Task, list[Task]]) -> None:

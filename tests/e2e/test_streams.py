@@ -44,8 +44,7 @@ class Pair:
         time.sleep(max(KNOWN_S, FRESH_S) + 1)  # until then agents take the two for new tasks
 
     def _enter(self, task: Task) -> tuple[str, ...]:
-        inspected = self.mesh.lab.docker(task.node, "inspect", "-f", "{{.NetworkSettings.SandboxKey}}", task.container)
-        return self.mesh.lab.node(task.node).enter("nsenter", f"--net={inspected.stdout.strip()}")
+        return self.mesh.lab.node(task.node).enter("nsenter", f"--net={self.mesh.sandbox(task)}")
 
     def streams(self, host: str = "") -> Streams:
         streams = Streams(self._enter(self.caller), host or self.address, PORT)

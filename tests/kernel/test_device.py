@@ -48,7 +48,7 @@ def test_the_kernel_loads_its_modules_for_an_agent_that_may_not(mesh: Deployed) 
     assert "wireguard" not in LOADED_BEFORE, "loaded before any agent ran: nothing is shown"
     assert "wireguard" in loaded()
     for agent in mesh.tasks(f"{STACK}_agent"):
-        pid = mesh.lab.docker(agent.node, "inspect", "-f", "{{.State.Pid}}", agent.container).stdout.strip()
+        pid = mesh.inspect(agent)["State"]["Pid"]
         status = mesh.lab.exec(agent.node, "cat", f"/proc/{pid}/status").stdout
         for kind in ("CapPrm", "CapEff", "CapBnd"):
             (word,) = re.findall(rf"^{kind}:\s+([0-9a-f]+)$", status, re.MULTILINE)

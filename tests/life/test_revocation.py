@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from lab.errors import CommandFailed
+from lab.errors import LabError
 from proof.claims import API, SPY, WEB
 from proof.deployed import STACK, Deployed, Task, wait_for
 
@@ -55,7 +55,7 @@ def holders(mesh: Deployed, keys: set[str]) -> Iterator[str]:
             try:
                 if keys & set(mesh.wireguard(task)):
                     yield task.name
-            except (CommandFailed, ValueError, IndexError):  # it is just ending
+            except (LabError, ValueError, IndexError):  # it is just ending
                 continue
 
 
@@ -73,7 +73,7 @@ def watched(mesh: Deployed, keys: set[str]) -> Callable[[], bool]:
     def ask(call: Callable[[], str]) -> str:
         try:
             return call()
-        except CommandFailed:  # it is just ending
+        except LabError:  # it is just ending
             return ""
 
     return lambda: any(keys & set(said.split()) for said in pool.map(ask, asks))
@@ -173,7 +173,7 @@ def _may_write(thief: Foothold, folder: str) -> bool:
     try:
         key = claim_key(thief.node, "x")  # type: ignore[arg-type]
         ((status, _, _),) = thief.do(("put", key, b"x"), folder=folder)
-    except (CommandFailed, StopIteration):
+    except (LabError, StopIteration):
         return True  # etcd is away, or starting: nothing is known
     return status == "OK"
 
