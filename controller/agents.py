@@ -16,7 +16,16 @@ from hivewire import logs
 from hivewire.identity import IdentitySource, client_context
 from hivewire.ids import NodeId, TaskId
 from hivewire.records import NodeRecord
-from hivewire.reports import DENIALS_PATH, INTERFACES_PATH, AgentReport, DenialReport, InterfaceReport, TaskDenials
+from hivewire.reports import (
+    AGENT_REPORTS,
+    DENIAL_REPORTS,
+    DENIALS_PATH,
+    INTERFACES_PATH,
+    AgentReport,
+    DenialReport,
+    InterfaceReport,
+    TaskDenials,
+)
 
 _TIMEOUT_S: Final = 2.0
 _KEPT_S: Final = 2.0
@@ -48,7 +57,7 @@ class AgentQuestions:
             asked_at, answer = self._kept
             if self._monotonic() - asked_at >= _KEPT_S:
                 context = client_context(self._identity.current())
-                reports = self._ask_all(nodes, context, INTERFACES_PATH, AgentReport)
+                reports = self._ask_all(nodes, context, INTERFACES_PATH, AGENT_REPORTS)
                 answer = {i.task: i for report in reports for i in report.interfaces}
                 self._kept = (self._monotonic(), answer)
             return answer
@@ -57,7 +66,7 @@ class AgentQuestions:
         """What these agents answer now, for one who waits for something to come true. Raises InvalidIdentity."""
         with self._lock:
             context = client_context(self._identity.current())
-            reports = self._ask_all(nodes, context, INTERFACES_PATH, AgentReport)
+            reports = self._ask_all(nodes, context, INTERFACES_PATH, AGENT_REPORTS)
         return {report.node: report for report in reports}
 
     def denials(self, nodes: Iterable[NodeRecord]) -> tuple[TaskDenials, ...]:
@@ -66,7 +75,7 @@ class AgentQuestions:
             asked_at, answer = self._kept_denials
             if self._monotonic() - asked_at >= _KEPT_S:
                 context = client_context(self._identity.current())
-                reports = self._ask_all(nodes, context, DENIALS_PATH, DenialReport)
+                reports = self._ask_all(nodes, context, DENIALS_PATH, DENIAL_REPORTS)
                 answer = tuple(task for report in reports for task in report.tasks)
                 self._kept_denials = (self._monotonic(), answer)
             return answer
@@ -74,12 +83,14 @@ class AgentQuestions:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask_all(self, nodes: Iterable[NodeRecord], context: ssl.SSLContext, path: str, kind: type[R]) -> list[R]:
+    def _ask_all(
+        self, nodes: Iterable[NodeRecord], context: ssl.SSLContext, path: str, decoder: msgspec.json.Decoder[R]
+    ) -> list[R]:
         self._asked = {asked: question for asked, question in self._asked.items() if not question.done()}
         questions: list[Future[R | None]] = []
         for node in nodes:
             if node.report_port and (node.node, path) not in self._asked:
-                question: Future[R | None] = self._pool.submit(self._ask, node, context, path, kind)
+                question: Future[R | None] = self._pool.submit(self._ask, node, context, path, decoder)
                 self._asked[node.node, path] = question
                 questions.append(question)
         answered, silent = wait(questions, _LONGEST_S)
@@ -88,7 +99,7 @@ class AgentQuestions:
         reports = [question.result() for question in questions if question in answered]
         return [report for report in reports if report is not None]
 
-    def _ask(self, node: NodeRecord, context: ssl.SSLContext, path: str, kind: type[R]) -> R | None:
+    def _ask(self, node: NodeRecord, context: ssl.SSLContext, path: str, decoder: msgspec.json.Decoder[R]) -> R | None:
         address = (str(node.underlay_address), node.report_port)
         connection = http.client.HTTPConnection(*address, timeout=_TIMEOUT_S)
         try:
@@ -102,7 +113,7 @@ class AgentQuestions:
             body = answer.read(_LARGEST_BYTES)
             if answer.status != http.HTTPStatus.OK:
                 raise OSError(f"status {answer.status}")
-            report = msgspec.json.decode(body, type=kind)
+            report = decoder.decode(body)
             if report.node != node.node:
                 raise OSError(f"it answers for node {report.node}")
         except (OSError, ValueError, RecursionError, http.client.HTTPException, msgspec.DecodeError) as error:

@@ -28,6 +28,10 @@ class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
 
 
+LEADERS: Final = msgspec.json.Decoder(LeaderRecord)
+"""Made here, before there are threads: see hivewire/records.py."""
+
+
 class Leadership:
     """``run`` it on a thread of its own; ``guard`` is asked before each write."""
 

@@ -17,7 +17,7 @@ from controller import quarantine
 from controller.admission import CAN_SERVE, Evidence, Refused, judge
 from controller.budget import Budget
 from controller.known import Known, Word
-from controller.leader import LeaderRecord, Leadership
+from controller.leader import LEADERS, Leadership
 from controller.policy.compile import Compiled, MeshDefaults, compile_mesh
 from controller.policy.findings import KINDS, in_order
 from controller.policy.guards import compile_guards
@@ -754,6 +754,6 @@ def _admitted_last(
 
 def _hostname(item: KeyValue | None) -> str:
     try:
-        return "" if item is None else msgspec.json.decode(item.value, type=LeaderRecord).hostname
+        return "" if item is None else LEADERS.decode(item.value).hostname
     except msgspec.DecodeError:
         return ""

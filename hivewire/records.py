@@ -331,7 +331,11 @@ def _decode_hook(kind: type, value: Any) -> Any:
 
 # Sorted keys: two writers of the same facts write the same bytes.
 _ENCODER: Final = msgspec.json.Encoder(enc_hook=_encode_hook, order="sorted")
-_DECODERS: Final[dict[type[Record], msgspec.json.Decoder[Any]]] = {}
+# All decoders are made while their module is imported, by one thread: msgspec (0.22) fills in what it knows of a
+# structure bit by bit, and another thread that decodes the same kind meanwhile reads what is not there yet and crashes.
+_DECODERS: Final[Mapping[type[Record], msgspec.json.Decoder[Any]]] = {
+    kind: msgspec.json.Decoder(kind, dec_hook=_decode_hook) for kind in Record.__subclasses__()
+}
 
 
 def encode(record: Record) -> bytes:
@@ -341,11 +345,8 @@ def encode(record: Record) -> bytes:
 
 def decode(kind: type[R], data: bytes) -> R:
     """Read a record. Raises InvalidRecord, and RecordTooNew for a mesh of a later schema."""
-    decoder = _DECODERS.get(kind)
-    if decoder is None:
-        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind, dec_hook=_decode_hook)
     try:
-        record = cast(R, decoder.decode(data))
+        record = cast(R, _DECODERS[kind].decode(data))
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise InvalidRecord(f"{kind.__name__} cannot be read: {error}") from error
     if isinstance(record, MeshRecord) and record.schema > SCHEMA:

@@ -113,3 +113,8 @@ class DenialReport(msgspec.Struct, frozen=True, kw_only=True):
     node: NodeId
     taken_at: float
     tasks: tuple[TaskDenials, ...]
+
+
+# Made here, before there are threads: see hivewire/records.py.
+AGENT_REPORTS: Final = msgspec.json.Decoder(AgentReport)
+DENIAL_REPORTS: Final = msgspec.json.Decoder(DenialReport)

@@ -58,6 +58,11 @@ class Answer(msgspec.Struct, frozen=True):
     """Which TUN this wireguard-go can read: see tun.make."""
 
 
+# Made here, before there are threads: see hivewire/records.py.
+COMMANDS: Final = msgspec.json.Decoder(Command)
+ANSWERS: Final = msgspec.json.Decoder(Answer)
+
+
 def is_device_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 

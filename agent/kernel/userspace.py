@@ -49,7 +49,7 @@ class HostClient:
                 connection.settimeout(_ANSWER_S)
                 connection.connect(str(self._path))
                 socket.send_fds(connection, [msgspec.json.encode(command)], list(fds))
-                answer = msgspec.json.decode(connection.recv(hosting.LIMIT_BYTES), type=Answer)
+                answer = hosting.ANSWERS.decode(connection.recv(hosting.LIMIT_BYTES))
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NoWireGuard(
                 f"hivewire-userspace does not run on this node: nobody listens on {self._path}"

@@ -66,7 +66,7 @@ class Host:
     def answer(self, request: bytes, fds: list[int]) -> Answer:
         """Do what is asked. The descriptors are closed by the caller."""
         try:
-            command = msgspec.json.decode(request, type=Command)
+            command = hosting.COMMANDS.decode(request)
             self._do(command, fds)
         except (msgspec.DecodeError, ValueError) as error:
             return Answer(error=f"the request is wrong: {error}")

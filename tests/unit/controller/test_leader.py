@@ -3,10 +3,9 @@
 import threading
 from collections.abc import Callable
 
-import msgspec
 import pytest
 
-from controller.leader import LEASE_S, LeaderRecord, Leadership
+from controller.leader import LEADERS, LEASE_S, LeaderRecord, Leadership
 from hivewire.errors import NotLeader, RevisionConflict, StoreUnavailable
 from hivewire.ids import NodeId
 from hivewire.records import LEADER_KEY
@@ -34,7 +33,7 @@ class Rig:
     def named(self) -> str:
         """Who the store says leads."""
         item = self.store.get(LEADER_KEY)
-        return "" if item is None else msgspec.json.decode(item.value, type=LeaderRecord).hostname
+        return "" if item is None else LEADERS.decode(item.value).hostname
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The wire format of the store: exact bytes, defaults, what is refused, and the layout of keys."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 
@@ -290,3 +292,24 @@ def test_foreign_keys(key: str) -> None:
     """A key outside the layout is refused."""
     with pytest.raises(InvalidRecord):
         split_key(key)
+
+
+def test_threads_may_read_their_first_records_at_the_same_time() -> None:
+    """A decoder that is made while others decode ends the process with SIGSEGV, some times in a hundred."""
+    program = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+from hivewire import records
+go = threading.Barrier(8)
+def read():
+    go.wait()
+    try:
+        records.decode(records.PeerRecord, b'{"endpoint": {"address": "192.0.2.1", "port": 9}}')
+    except records.InvalidRecord:
+        pass
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    ended = [subprocess.run([sys.executable, "-c", program], check=False).returncode for _ in range(12)]
+    assert ended == [0] * len(ended)
