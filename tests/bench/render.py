@@ -224,7 +224,7 @@ def _throughput(axes: Axes, content: Figures) -> None:
             )
         axes.annotate(text, (found["most"], number), va="center", fontsize=9)
     axes.set_yticks(range(len(shown)), [TITLES[name] for name in shown])
-    axes.set_xscale("log")
+    _logarithmic(axes)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * 3)
     axes.set_xlabel("TCP, one stream (Mbit/s), logarithmic: dot median, line least to most")
@@ -239,9 +239,15 @@ def _trips(axes: Axes, paths: Figures) -> None:
         axes.scatter([trip["median_ms"]], [number], color=_colour(name), s=70, zorder=2)
         axes.scatter([trip["p99_ms"]], [number], color=_colour(name), s=70, marker="|", linewidths=3, zorder=2)
     axes.set_yticks(range(len(shown)), [TITLES[name] for name in shown])
-    axes.set_xscale("log")
+    _logarithmic(axes)
     axes.set_xlabel("round trip (ms), logarithmic: dot median, tick p99")
     _plain(axes)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")  # of a range that is less than a decade, one would cover the other
 
 
 def _ratios(axes: Axes, goals: Sequence[Figures]) -> None:
