@@ -129,6 +129,23 @@ def test_without_prune_a_vip_stays() -> None:
 
 
 @pytest.mark.parametrize(
+    "there",
+    [
+        pytest.param(observed(seen(ONE), seen(TWO), routes=(TO_ONE,), rules="old"), id="peer"),
+        pytest.param(observed(seen(ONE), routes=(TO_ONE, TO_TWO), rules="old"), id="route"),
+    ],
+)
+def test_without_prune_rules_that_do_not_know_all_wait(there: ObservedTask) -> None:
+    """One peer or one route alone that the store does not name keeps the rules that were made for it."""
+    assert planned(desired(ONE, routes=(TO_ONE,)), there, prune=False) == ()
+
+
+def test_new_peers_come_in_the_order_of_their_keys() -> None:
+    """However the records came: the same work is the same messages."""
+    assert planned(desired(TWO, ONE), observed()) == (AddPeer(ONE), AddPeer(TWO))
+
+
+@pytest.mark.parametrize(
     ("there", "rest"),
     [
         pytest.param(observed(seen(ONE), routes=(TO_ONE,), rules="old"), (AddPeer(TWO), AddRoute(TO_TWO)), id="known"),
