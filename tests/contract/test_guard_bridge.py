@@ -9,7 +9,6 @@ that Docker gives its VXLAN port; the guard knows it by that name.
 """
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
@@ -28,6 +27,7 @@ from agent.kernel.overlay import OverlayNamespaces
 from hivewire.errors import NamespaceGone
 from hivewire.ids import ContainerId, NetworkId, ServiceId, TaskId
 from hivewire.records import GuardRecord
+from tests.real_nft import need_nft
 
 FILE, GROUP = "1-abcdefghij", "239.1.2.3"
 TRIES, WAIT_S = 8, 0.1
@@ -103,8 +103,9 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    if os.geteuid() != 0 or not all(map(shutil.which, ("nft", "ip", "unshare", "setpriv"))):
-        pytest.skip("needs root, nft and ip")
+    need_nft("bridge")
+    if not all(map(shutil.which, ("ip", "setpriv"))):
+        pytest.skip("needs iproute2 and util-linux")
     with contextlib.ExitStack() as stack:
 
         def hold() -> int:
@@ -139,12 +140,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
             )
         (tmp_path / FILE).symlink_to(f"/proc/{bridge}/ns/net")
         made = Bench(tmp_path, ends, OverlayNamespaces(tmp_path))
-        try:
-            made.put(SHUT)
-        except Exception as error:  # noqa: BLE001 -- whatever it is, this kernel is none to test on
-            pytest.skip(f"this kernel takes no nftables rules for bridges: {error}")
-        with made.overlays.open(FILE) as space:
-            space.remove()
         yield made
 
 
