@@ -9,7 +9,7 @@ that says so, never with a deletion.
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final, TypeVar
 
 from agent.seen import Seen
@@ -22,6 +22,9 @@ R = TypeVar("R", bound=Record)
 
 #: Seconds that a key stays after a listing without it: agents claim again within a few seconds of such a listing.
 HOLD_S: Final = 30.0
+#: What is not believed, and may be in a moment, is read again after this time: a node that has become a manager writes
+#: records some seconds before every engine has heard of it.
+DOUBT_S: Final = 2.0
 
 
 class Book:
@@ -80,7 +83,7 @@ class Book:
                 self._forget(key)
                 self._seen.gone(key)  # where it comes back with an old store and still holds, a manager signs it anew
             self._seen.expire()
-            # What was refused may be good by now: a clock was set, or a node has become a manager.
+            # What was refused may be good by now, as when a clock was set.
             for key in self.unreadable:
                 self._decoded[key] = (b"", self._decoded[key][1])
             return late
@@ -99,6 +102,11 @@ class Book:
             return any(
                 key.startswith(prefix) and self._decoded.get(key, (b"", None))[1] is None for key in self.unreadable
             )
+
+    def may_change(self, prefixes: Collection[str]) -> bool:
+        """Whether something below one of these is not believed, and may be in a moment as it is."""
+        with self._lock:
+            return any(_may_pass(it) and key.startswith(tuple(prefixes)) for key, it in self.unreadable.items())
 
     def is_complete(self, prefix: str) -> bool:
         """Whether the prefix was listed as a whole: what is missing here then was missing there."""
@@ -148,7 +156,8 @@ class Book:
                 logs.get().warning("record.refused", key=key, error=str(error))
             self.unreadable[key] = error
             record = None if before is None else before[1]  # type: ignore[assignment]
-        self._decoded[key] = (value, record)
+        # What may be good in a moment is looked at again whenever somebody asks for it.
+        self._decoded[key] = (b"" if _may_pass(self.unreadable.get(key)) else value, record)
         return record
 
     def _verified(self, kind: type[R], key: str, value: bytes) -> R:
@@ -173,6 +182,10 @@ class Book:
         self._missing_since.pop(key, None)
         self.unreadable.pop(key, None)
         self._decoded.pop(key, None)
+
+
+def _may_pass(error: HivewireError | None) -> bool:
+    return isinstance(error, UnverifiedRecord) and error.may_pass
 
 
 def _is_replay(error: HivewireError) -> bool:

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from agent.book import Book
+from agent.book import DOUBT_S, Book
 from agent.denials import DenialBook
 from agent.desired import DesiredTask, TaskFacts, desired_task
 from agent.grace import LOOK_S, Grace
@@ -196,7 +196,7 @@ class TaskReconciler:
         except TaskGone:
             return self._forget(task)
         try:
-            return self._pass(local)
+            outcome = self._pass(local)
         except NamespaceGone:
             # The container may be ending, or be in another namespace by now: the engine is asked again.
             with self._lock:
@@ -205,6 +205,11 @@ class TaskReconciler:
         except HivewireError as error:
             self._note(local, error)
             raise
+        with self._lock:
+            needs = self._needs.get(task, frozenset())
+        if self._book.may_change((*needs, *_FOLLOWED_ALWAYS)):
+            self._queue.add_after(task, DOUBT_S)
+        return outcome
 
     def interfaces(self) -> tuple[InterfaceReport, ...]:
         """What the kernel says now of every interface on this node."""

@@ -33,12 +33,13 @@ CAUSES: Final = ("size", "form", "path", "certificate", "role", "clock", "signat
 class UnverifiedRecord(InvalidRecord):
     """Nobody who may write a record has signed it so: it counts as not written.
 
-    ``cause`` is one of ``CAUSES``, for counting.
+    ``cause`` is one of ``CAUSES``, for counting. ``may_pass``: the same bytes may be good in a moment.
     """
 
-    def __init__(self, cause: str, message: str) -> None:
+    def __init__(self, cause: str, message: str, *, may_pass: bool = False) -> None:
         super().__init__(message)
         self.cause = cause
+        self.may_pass = may_pass
 
 
 class InvalidIdentity(InvalidInput):

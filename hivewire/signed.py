@@ -115,20 +115,26 @@ class Managers:
         """``ask`` may raise: then what was known before still counts."""
         self._ask = ask
         self._monotonic = monotonic
-        self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._known: frozenset[NodeId] = frozenset()
         self._asked_at = float("-inf")
 
     def __contains__(self, node: object) -> bool:
-        with self._lock:
-            patience_s = _MANAGERS_AGE_S if node in self._known else _MANAGERS_AGAIN_S
-            is_due = self._monotonic() - self._asked_at >= patience_s
-            if is_due:
-                self._asked_at = self._monotonic()
-        if is_due:  # outside of the lock: an engine that hangs must not hold up other threads
-            with suppress(HivewireError):
-                self._known = self._ask()
+        # An engine that hangs holds up one thread, and those that have to wait for its answer: to take a manager for
+        # none, because the question is still under way, would be an answer as well.
+        if self._is_due(node) and self._asking.acquire(blocking=node not in self._known):
+            try:
+                if self._is_due(node):
+                    with suppress(HivewireError):
+                        self._known = self._ask()
+                    self._asked_at = self._monotonic()
+            finally:
+                self._asking.release()
         return node in self._known
+
+    def _is_due(self, node: object) -> bool:
+        patience_s = _MANAGERS_AGE_S if node in self._known else _MANAGERS_AGAIN_S
+        return self._monotonic() - self._asked_at >= patience_s
 
 
 class SwarmSignatures:
@@ -221,7 +227,8 @@ class SwarmSignatures:
         if owner is None and signer.role != MANAGER:
             raise UnverifiedRecord("role", f"node {signer.node} signed it, a worker; only managers may")
         if owner is None and signer.node not in self._managers:
-            raise UnverifiedRecord("role", f"node {signer.node} signed it, which is no manager any more")
+            message = f"node {signer.node} signed it, which is no manager, or the engine has not heard of it yet"
+            raise UnverifiedRecord("role", message, may_pass=True)
 
     # Certificates.
 

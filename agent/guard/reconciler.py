@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final, Protocol
 
-from agent.book import Book
+from agent.book import DOUBT_S, Book
 from agent.grace import LOOK_S
 from agent.guard import edge
 from agent.guard.desired import LocalNetwork, guard
@@ -33,11 +33,13 @@ from hivewire.workqueue import WorkQueue
 
 #: The engine makes a namespace's file, and mounts the namespace over it a moment later.
 MOUNT_S: Final = 0.5
+_FOLLOWED: Final = (MESH_KEY, GUARDS, QUARANTINES)
 _GLANCE_S: Final = 0.001
 #: A container is there before the engine names its networks, and tells nobody when it does.
 FORMING_S: Final = 0.03
 _EDGE: Final = "edge of "
 """So begins in the queue what is no file: the edge of a network."""
+_ALL: Final = "all files and edges"
 
 
 class Networks(Protocol):
@@ -95,7 +97,7 @@ class GuardReconciler:
         self._lock = threading.Lock()
         self._created: dict[str, float] = {}
         self.mirror = Mirror(store, self.on_records, clock=monotonic)
-        for prefix in (MESH_KEY, GUARDS, QUARANTINES):
+        for prefix in _FOLLOWED:
             self.mirror.follow(prefix)
 
     # What happened: all but on_created only mark namespaces to be looked at.
@@ -143,6 +145,14 @@ class GuardReconciler:
 
     def reconcile(self, file: str) -> Outcome:
         """Raises SwarmUnavailable, NamespaceGone, KernelBusy, Unsupported; what is in place then stays."""
+        if file == _ALL:
+            self._add_all()
+            return Outcome(file, "are looked at again")
+        outcome = self._pass(file)
+        self._look_again()
+        return outcome
+
+    def _pass(self, file: str) -> Outcome:
         if file.startswith(_EDGE):
             return self._reconcile_edge(file)
         if file not in self._overlays.list():
@@ -297,6 +307,11 @@ class GuardReconciler:
             self._queue.add(file)
         for record in self._book.below(GuardRecord, GUARDS):
             self._queue.add(_EDGE + record.network)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        if self._book.may_change(_FOLLOWED):
+            self._queue.add_after(_ALL, DOUBT_S)
 
 
 def _words(rules: Rules) -> str:

@@ -5,8 +5,9 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from hivewire.errors import UnverifiedRecord
 from hivewire.ids import NodeId
-from hivewire.records import Record, decode, encode
+from hivewire.records import Record, decode, encode, writer_of
 from hivewire.signed import Signed, Signer
 
 R = TypeVar("R", bound=Record)
@@ -19,11 +20,15 @@ _NOBODY = Signer(NodeId(""), "", "", datetime.min.replace(tzinfo=UTC), datetime.
 class Unsigned:
     def __init__(self) -> None:
         self.refused: Counter[str] = Counter()
+        self.knows_managers = True
+        """False: the engine has not heard yet that the signer of all that only managers write is one."""
 
     def sign(self, record: Record) -> bytes:
         return encode(record)
 
     def verify(self, kind: type[R], key: str, data: bytes) -> Signed[R]:
+        if writer_of(key) is None and not self.knows_managers:
+            raise UnverifiedRecord("role", "no manager yet", may_pass=True)
         return Signed(decode(kind, data), next(_GENERATIONS), _NOBODY)
 
     def is_worn(self, signed: Signed[Any]) -> bool:

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address
 import msgspec
 import pytest
 
-from agent.book import HOLD_S, Book
+from agent.book import DOUBT_S, HOLD_S, Book
 from agent.guard import edge
 from agent.guard.desired import Holder, LocalNetwork, Stage, guard
 from agent.guard.reconciler import FORMING_S, MOUNT_S, GuardReconciler
@@ -115,6 +115,7 @@ class Rig:
         self.spared: set[ContainerId] = set()
         self.mounts_after = 0
         self.space = self.add(FILE)
+        self.signatures = Unsigned()
         self.start()
 
     def add(self, file: str) -> FakeSpace:
@@ -125,7 +126,7 @@ class Rig:
         self.queue: WorkQueue[str] = WorkQueue(clock=self.clock, jitter=lambda: 1.0)
         self.guard = GuardReconciler(
             networks=self, overlays=self.overlays, edges=self.edges, store=self.store, queue=self.queue,
-            book=Book(Unsigned()),
+            book=Book(self.signatures),
             node=NodeId("n1"),
             monotonic=self.clock,
             sleep=self._sleep,
@@ -186,6 +187,34 @@ def test_a_record_becomes_rules_and_a_second_pass_nothing(rig: Rig) -> None:
     rig.guard.resync()
     assert rig.work() == []
     assert len(rig.space.applied) == 1
+
+
+@pytest.mark.parametrize("quarantined", [False, True])
+def test_a_manager_that_the_engine_has_not_heard_of(rig: Rig, quarantined: bool) -> None:
+    """Its guards and quarantines count a moment after the engine names it, and then nothing is looked at again."""
+    rig.local = LocalNetwork((API, replace(SPY, task=TaskId("spy.1"))))
+    if quarantined:
+        rig.put(DEFAULT)
+        rig.read()
+        rig.work()
+    rig.signatures.knows_managers = False
+    if quarantined:
+        shut = QuarantineRecord(kind=QuarantineKind.TASK, id="spy.1", name="spy.1")
+        rig.store.put(key_of(shut), encode(shut))
+    else:
+        rig.put(WIRED)
+    rig.read()
+    assert rig.work() == []
+    rig.signatures.knows_managers = True
+    rig.clock.advance(DOUBT_S)
+    assert rig.work()
+    assert quarantined or EDGE in rig.edges.texts
+    rig.clock.advance(DOUBT_S)
+    rig.work()
+    asked = rig.asked
+    rig.clock.advance(DOUBT_S)
+    rig.work()
+    assert rig.asked == asked
 
 
 def test_an_engine_event_closes_a_new_task(rig: Rig) -> None:

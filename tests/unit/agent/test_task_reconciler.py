@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Interface
 
 import pytest
 
-from agent.book import HOLD_S, Book
+from agent.book import DOUBT_S, HOLD_S, Book
 from agent.grace import LONGEST_S, SETTLE_S
 from agent.moving import NEW_S
 from agent.observed import Bridge, ObservedTask
@@ -97,6 +97,7 @@ class Rig:
         self.node = NODE
         self.seen = Seen(now=self.time)
         self.bridge: Bridge | None = None
+        self.signatures = Unsigned()
         self.start()
 
     def start(self) -> None:
@@ -108,8 +109,8 @@ class Rig:
             kernel=self.kernel,
             store=self.store,
             queue=self.queue,
-            signatures=Unsigned(),
-            book=Book(Unsigned(), self.seen),
+            signatures=self.signatures,
+            book=Book(self.signatures, self.seen),
             bridge=lambda: self.bridge,
             monotonic=self.clock,
             now=self.time,
@@ -555,6 +556,31 @@ def test_unreadable_policy(up: Rig) -> None:
     up.settle()
     assert up.take_ops() == []
     assert up.device.peers.keys() == {public_key(5)}
+
+
+def test_a_manager_that_the_engine_has_not_heard_of(rig: Rig) -> None:
+    """What it wrote counts a moment after the engine names it, though nobody writes it again and no minute passes."""
+    rig.signatures.knows_managers = False
+    rig.mesh(WEB, peer(5))
+    rig.run_task()
+    rig.settle()
+    assert rig.take_ops() == []
+    rig.signatures.knows_managers = True
+    rig.pass_time(DOUBT_S)
+    assert rig.device.peers.keys() == {public_key(5)}
+    rig.take_ops()
+    assert rig.settle() == [], "once all is believed nothing is looked at again"
+
+
+def test_a_peer_whose_manager_the_engine_has_not_heard_of(up: Rig) -> None:
+    """The same with what the rest of a task's records name."""
+    up.signatures.knows_managers = False
+    up.put(peer(6))
+    up.settle()
+    assert up.device.peers.keys() == {public_key(5)}
+    up.signatures.knows_managers = True
+    up.pass_time(DOUBT_S)
+    assert up.device.peers.keys() == {public_key(5), public_key(6)}
 
 
 def test_policy_off(up: Rig) -> None:

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -343,6 +345,31 @@ def test_managers_are_asked_seldom() -> None:
     assert asked == 3
     clock.advance(30.0)
     assert W1 not in managers
+
+
+def test_who_asks_while_the_engine_is_asked_waits_for_its_answer() -> None:
+    """A manager is never taken for none because another thread's question is under way; who is known waits for none."""
+    clock, asked, may_answer = FakeClock(), threading.Semaphore(0), threading.Semaphore(0)
+
+    def ask() -> frozenset[NodeId]:
+        asked.release()
+        assert may_answer.acquire(timeout=10.0)
+        return frozenset({W1})
+
+    managers = Managers(ask, clock)
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(managers.__contains__, W1) for _ in range(3)]
+        assert asked.acquire(timeout=10.0)
+        assert not wait(answers, timeout=0.2).done
+        may_answer.release()
+        assert [answer.result(10.0) for answer in answers] == [True] * 3
+        clock.advance(30.0)
+        slow = pool.submit(managers.__contains__, W1)
+        assert asked.acquire(timeout=10.0)
+        assert W1 in managers, "the engine is silent"
+        may_answer.release()
+        assert slow.result(10.0)
+    assert not asked.acquire(blocking=False), "one question for all"
 
 
 def test_a_worker_s_certificate_is_none_of_a_manager(pki: Pki) -> None:
