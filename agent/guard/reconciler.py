@@ -22,7 +22,7 @@ from agent.guard import edge
 from agent.guard.desired import LocalNetwork, guard
 from agent.guard.render import SHUT, Closed, Count, Rules, render
 from agent.kernel.edges import Edges
-from agent.kernel.overlay import Overlays, Space, is_of
+from agent.kernel.overlay import MOUNT_S, Overlays, Space, is_of, open_new
 from hivewire import logs
 from hivewire.errors import KernelBusy, NamespaceGone
 from hivewire.ids import ContainerId, NetworkId, NodeId
@@ -31,10 +31,7 @@ from hivewire.store.api import Store
 from hivewire.store.mirror import Mirror
 from hivewire.workqueue import WorkQueue
 
-#: The engine makes a namespace's file, and mounts the namespace over it a moment later.
-MOUNT_S: Final = 0.5
 _FOLLOWED: Final = (MESH_KEY, GUARDS, QUARANTINES)
-_GLANCE_S: Final = 0.001
 #: A container is there before the engine names its networks, and tells nobody when it does.
 FORMING_S: Final = 0.03
 _EDGE: Final = "edge of "
@@ -285,16 +282,9 @@ class GuardReconciler:
     @contextlib.contextmanager
     def _opened(self, file: str) -> Iterator[Space]:
         """Open the namespace; a fresh one is waited for until it is mounted. Raises NamespaceGone."""
-        with contextlib.ExitStack() as stack:
-            while True:
-                try:
-                    space = stack.enter_context(self._overlays.open(file))
-                    break
-                except NamespaceGone:
-                    age_s = self._age_s(file)
-                    if age_s is None or age_s > MOUNT_S:
-                        raise
-                    self._sleep(_GLANCE_S)
+        with self._lock:
+            created = self._created.get(file, float("-inf"))
+        with open_new(self._overlays, file, created + MOUNT_S, self._monotonic, self._sleep) as space:
             yield space
 
     def _age_s(self, file: str) -> float | None:

@@ -10,7 +10,8 @@ import errno
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Set
+import time
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -25,10 +26,14 @@ from agent.kernel.decode import attributes
 from agent.kernel.node import translated
 from agent.kernel.rtnetlink import Calls, Netlink, Request
 from agent.observed import NotedCounters, NotedEntry
+from hivewire.errors import KernelBusy, NamespaceGone
 from hivewire.ids import NetworkId, TaskId
 
 _NAME: Final = re.compile(r"[0-9]+-([0-9a-z]{10})")
 _ID_CHARACTERS: Final = 10
+#: The engine makes a namespace's file, and mounts the namespace over it a moment later.
+MOUNT_S: Final = 0.5
+_GLANCE_S: Final = 0.001
 
 _AF_BRIDGE: Final = 7
 _RTM_GETLINK: Final = 18
@@ -58,10 +63,15 @@ _BODY_AT: Final = 20
 _FAMILIES: Final = ("bridge",)
 
 
+def network_of(file: str) -> NetworkId | None:
+    """The first characters of the id of the network whose overlay namespace the file is; None for other files."""
+    found = _NAME.fullmatch(file)
+    return None if found is None else NetworkId(found[1])
+
+
 def is_of(file: str, network: NetworkId) -> bool:
     """Whether the file is of an overlay namespace of this network."""
-    found = _NAME.fullmatch(file)
-    return found is not None and found[1] == network[:_ID_CHARACTERS]
+    return network_of(file) == network[:_ID_CHARACTERS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,9 @@ class Space(Protocol):
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
         """Replace the guard's table in one transaction. Raises NamespaceGone, KernelBusy, NoWireGuard without nft."""
 
+    def create(self, text: str) -> bool:
+        """Make the guard's table, and leave alone one that is there; whether it was made. Raises as ``apply`` does."""
+
     def remove(self) -> None:
         """Leave no table of the guard. Raises as ``apply`` does."""
 
@@ -110,6 +123,30 @@ class Overlays(Protocol):
 
     def open(self, file: str) -> contextlib.AbstractContextManager[Space]:
         """Raises NamespaceGone where the file is no namespace, or not yet."""
+
+
+@contextlib.contextmanager
+def open_new(
+    overlays: Overlays,
+    file: str,
+    until: float,
+    monotonic: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Space]:
+    """Open a namespace whose file is new: the engine mounts it a moment later, and until then it is waited for.
+
+    Raises NamespaceGone where it is none after the time ``until``, of the clock ``monotonic``.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                space = stack.enter_context(overlays.open(file))
+                break
+            except NamespaceGone:
+                if monotonic() > until:
+                    raise
+                sleep(_GLANCE_S)
+        yield space
 
 
 class OverlayNamespaces:
@@ -167,6 +204,15 @@ class _Space:
 
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
         self._nft(nftables.replacement(counting_on(text, counts), _FAMILIES))
+
+    def create(self, text: str) -> bool:
+        try:
+            self._nft(nftables.creation(text, *_FAMILIES))
+        except KernelBusy:
+            if self.observe().digest:
+                return False
+            raise
+        return True
 
     def remove(self) -> None:
         self._nft(nftables.removal(_FAMILIES))

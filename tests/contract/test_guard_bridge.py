@@ -326,6 +326,20 @@ def test_the_bridge_remembers_who_is_behind_local_ports(bench: Bench) -> None:
         assert space.observe().macs == {"02:42:0a:00:01:04"}
 
 
+def test_the_gate_shuts_what_nobody_guards(bench: Bench) -> None:
+    """It makes the table that an agent begins with, and never replaces one."""
+    text, digest = render(SHUT)
+    with bench.overlays.open(FILE) as space:
+        assert space.create(text)
+        assert space.observe().digest == digest
+        assert not any(bench.arrives(*pair) for pair in PAIRS)
+        assert not space.create(text)
+    bench.put(guard(RECORD, LOCAL))
+    with bench.overlays.open(FILE) as space:
+        assert not space.create(text)
+        assert space.observe().digest == render(guard(RECORD, LOCAL))[1]
+
+
 def test_the_table_is_adopted_by_its_digest_and_removed(bench: Bench) -> None:
     """Another agent reads which rules are there; removing them twice is no error."""
     rules = guard(RECORD, LOCAL)

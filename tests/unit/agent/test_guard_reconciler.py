@@ -1,9 +1,7 @@
 """The guard's loop, over overlay namespaces and an engine of a few values, and a store in memory."""
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 import msgspec
@@ -12,9 +10,9 @@ import pytest
 from agent.book import DOUBT_S, HOLD_S, Book
 from agent.guard import edge
 from agent.guard.desired import Holder, LocalNetwork, Stage, guard
-from agent.guard.reconciler import FORMING_S, MOUNT_S, GuardReconciler
+from agent.guard.reconciler import FORMING_S, GuardReconciler
 from agent.guard.render import FROM_TASKS, SHUT, Count, render
-from agent.kernel.overlay import ObservedOverlay, Space
+from agent.kernel.overlay import MOUNT_S
 from hivewire.errors import NamespaceGone, SwarmUnavailable
 from hivewire.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
 from hivewire.records import (
@@ -30,6 +28,7 @@ from hivewire.records import (
 from hivewire.store.memory import MemoryStore
 from hivewire.workqueue import WorkQueue
 from tests.fakes.clock import FakeClock
+from tests.fakes.overlays import FakeEdges, FakeOverlays, FakeSpace
 from tests.fakes.signatures import Unsigned
 
 NETWORK = NetworkId("abcdefghij0123456789")
@@ -40,65 +39,6 @@ API = Holder(ContainerId("1"), ServiceId("api"), IPv4Address("10.0.1.3"), "", St
 WIRED = msgspec.structs.replace(STRICT, vnis=(4097,))
 EDGE = "hivewire-abcdefghij"
 SPY = Holder(ContainerId("2"), ServiceId("spy"), IPv4Address("10.0.1.4"), "", Stage.ATTACHED)
-
-
-@dataclass
-class FakeSpace:
-    """A namespace that keeps the text that it was given last."""
-
-    text: str = ""
-    counts: dict[str, Count] = field(default_factory=dict)
-    applied: list[str] = field(default_factory=list)
-    macs: frozenset[str] = frozenset()
-    vnis: frozenset[int] = frozenset()
-    behind: dict[str, frozenset[int]] = field(default_factory=dict)
-
-    def ports(self, sandboxes: Set[str]) -> Mapping[str, frozenset[int]]:
-        return {path: ports for path, ports in self.behind.items() if path in sandboxes}
-
-    def observe(self) -> ObservedOverlay:
-        digest = self.text.split('"')[1] if self.text else ""
-        return ObservedOverlay(digest, self.counts, self.vnis, self.macs)
-
-    def apply(self, text: str, counts: Mapping[str, Count]) -> None:
-        self.text, self.counts = text, dict(counts)
-        self.applied.append(text)
-
-    def remove(self) -> None:
-        self.text = ""
-        self.applied.append("")
-
-
-class FakeOverlays:
-    def __init__(self) -> None:
-        self.spaces: dict[str, FakeSpace] = {}
-        self.unmounted: set[str] = set()
-
-    def list(self) -> frozenset[str]:
-        return frozenset(self.spaces)
-
-    @contextlib.contextmanager
-    def open(self, file: str) -> Iterator[Space]:
-        if file in self.unmounted or file not in self.spaces:
-            raise NamespaceGone(f"{file} is no network namespace")
-        yield self.spaces[file]
-
-
-class FakeEdges:
-    """The node's own namespace: texts by the name of their table."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
-
-    def read(self) -> dict[str, edge.Edge]:
-        return {name: edge.Edge.parse(text.split('"')[1]) for name, text in self.texts.items()}
-
-    def apply(self, name: str, text: str) -> None:
-        assert text.startswith(f"table inet {name} {{")
-        self.texts[name] = text
-
-    def remove(self, name: str) -> None:
-        self.texts.pop(name, None)
 
 
 class Rig:
