@@ -57,6 +57,7 @@ class Book:
                     self._values[key] = value
                     self._folders.setdefault(_folder(key), set()).add(key)
                     self._missing_since.pop(key, None)
+                    self.unreadable.pop(key, None)  # the complaint was about what lay there before
                 elif key.startswith(QUARANTINES):
                     self._keep_quarantine(key)
                 elif listed:
@@ -68,6 +69,7 @@ class Book:
 
     def _keep_quarantine(self, key: str) -> None:
         """Its deletion proves nothing: what was good stays. What never was good goes, with the complaint about it."""
+        self._decode(QuarantineRecord, key)  # nobody may have read it until now
         if isinstance(self.unreadable.get(key), UnverifiedRecord):
             good = self._seen.values().get(key)
             self._forget(key)

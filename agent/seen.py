@@ -33,7 +33,11 @@ class _Entry(NamedTuple):
 
 
 class Seen:
-    """Thread-safe. A file that cannot be used is said once in the log; the memory then lasts as long as the agent."""
+    """The memory of one book. Another one may be a moment ahead in the same store, which makes no replay of what
+    comes here next.
+
+    Thread-safe. A file that cannot be used is said once in the log; the memory then lasts as long as the agent.
+    """
 
     def __init__(self, path: Path | None = None, now: Callable[[], float] = time.time) -> None:
         self._now = now

@@ -64,8 +64,8 @@ def run(settings: AgentSettings) -> bool:
     queue: WorkQueue[TaskId] = WorkQueue()
     store = open_store(settings, local.managers)
     signatures = SwarmSignatures(identity, Managers(lambda: tasks.node().manager_ids))
-    seen, calls = Seen(settings.state_folder / "seen.sqlite"), Calls()
-    book, guard_book = Book(signatures, seen), Book(signatures, seen)
+    calls = Calls()
+    book, guard_book = (Book(signatures, Seen(settings.state_folder / f"{it}.sqlite")) for it in ("seen", "guard"))
     presence = NodePresence(
         store,
         signatures,

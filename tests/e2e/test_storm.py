@@ -210,8 +210,8 @@ def test_links_go_on_and_nothing_else_gets_through(storm: Storm, disaster: str) 
     assert openings[PLAIN] > 0
     assert at_sink.get(f"udp {LINKED} {MARKS[PLAIN]}", 0) > 0, "the control did not arrive: that proves nothing"
     assert clear[MARKS[CLIENT]] == 0
-    # A restarted engine starts tasks before it has started the agent. A strict network is shut then, towards other nodes
-    # by its edge and within the node by the gate; a default network is not: the figures say how much came through.
+    # A restarted engine starts tasks before it has started the agent. A strict network is shut then, by its edge
+    # towards other nodes and by the gate within the node; a default one is not: the figures say how much came through.
     is_new = disaster == "engine restarted"
     if storm.guard == "strict" or not is_new:
         assert clear[MARKS[STRANGER]] == 0

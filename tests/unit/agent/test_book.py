@@ -277,6 +277,28 @@ def test_what_is_not_believed_is_told(manager: SwarmSignatures) -> None:
     assert made.doubts() == ()
 
 
+def test_a_complaint_ends_with_what_it_is_about(manager: SwarmSignatures) -> None:
+    """Whether or not anybody reads what lies there now: who asked once for a record need not ask again."""
+    old, new = manager.sign(MeshRecord(mesh="m")), manager.sign(MeshRecord(mesh="m"))
+    made = Book(manager)
+    made.update(MESH_KEY, {MESH_KEY: new}, listed=True, now=0.0)
+    made.get(MeshRecord, MESH_KEY)
+    made.update(MESH_KEY, {MESH_KEY: old}, listed=False, now=0.0)
+    made.get(MeshRecord, MESH_KEY)
+    assert [it.key for it in made.doubts()] == [MESH_KEY]
+    made.update(MESH_KEY, {MESH_KEY: manager.sign(MeshRecord(mesh="m"))}, listed=False, now=0.0)
+    assert made.doubts() == ()
+
+
+def test_a_forged_quarantine_that_nobody_read_leaves_nothing(manager: SwarmSignatures) -> None:
+    """It came and went before anybody asked for it."""
+    made, key = Book(manager), key_of(QuarantineRecord(kind=QuarantineKind.SERVICE, id="s", name="s"))
+    made.update(QUARANTINES, {key: b"nonsense"}, listed=False, now=0.0)
+    made.update(QUARANTINES, {key: None}, listed=False, now=0.0)
+    assert not made.is_quarantined([key])
+    assert made.doubts() == ()
+
+
 def test_what_cannot_be_believed_is_no_absence() -> None:
     """A folder is in doubt while one of its keys never had a good record; with an earlier good one it is not."""
     made = book()
