@@ -28,8 +28,8 @@ from hivewire.errors import HivewireError, KernelBusy, NamespaceGone
 from hivewire.process import harden, stop_event
 from hivewire.settings import load
 
+#: So long what the kernel refused is left alone, and so long it takes to hear that the process should end.
 _TURN_S: Final = 0.5
-_AGAIN_S: Final = 0.05
 
 
 class Gate:
@@ -79,8 +79,7 @@ def run(folder: Path, stop: threading.Event) -> None:
             with NewFiles(folder) as files:
                 left = gate.shut_all(overlays.list())  # those that came before the watch
                 while not stop.is_set():
-                    new = files.wait(_AGAIN_S if left else _TURN_S)
-                    left = gate.shut_all({*left, *new}) if left or new else left
+                    left = gate.shut_all({*left, *files.wait(_TURN_S)})
         except KernelBusy as error:
             log.warning("gate.unwatched", error=str(error))
             stop.wait(_TURN_S)
