@@ -12,8 +12,9 @@ import socket
 import struct
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
@@ -200,13 +201,20 @@ class Netlink:
         if second is None:
             return self._carry_out(first)
         outcomes: list[OSError | None] = []
-        # Sending is the kernel's work: it returns when all of the datagram is done.
+        # Sending is the kernel's work: it returns when all of the datagram is done. One more always waits for it, so
+        # that it need not wait for this thread.
+        under_way = deque[Future[list[OSError | None]]]()
         with ThreadPoolExecutor(1, "netlink") as pool:
-            under_way = pool.submit(self._carry_out, first)
-            for batch in itertools.chain((second,), batches):
-                outcomes += under_way.result()
-                under_way = pool.submit(self._carry_out, batch)
-            return outcomes + under_way.result()
+            try:
+                for batch in itertools.chain((first, second), batches):
+                    under_way.append(pool.submit(self._carry_out, batch))
+                    if len(under_way) > 2:
+                        outcomes += under_way.popleft().result()
+                while under_way:
+                    outcomes += under_way.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return outcomes
 
     def _carry_out(self, batch: list[Request]) -> list[OSError | None]:
         # The kernel always says what it refuses, and what it did only where that is asked for: at the end.
