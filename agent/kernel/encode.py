@@ -53,9 +53,9 @@ _AF_INET6: Final = 10
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _GENERIC: Final = struct.Struct("=BBH")
 
-MESSAGE_WORK: Final = 8
+MESSAGE_WORK: Final = 4
 """Peers that one message may add. Each costs the kernel a multiplication on Curve25519, some 30 us on metal, for which
-it holds RTNL: a quarter of a millisecond. Longer messages are no faster (tests/bench/control.py)."""
+it holds RTNL: an eighth of a millisecond. Longer messages are no faster (tests/bench/control.py)."""
 _NESTED_BYTES: Final = 0xFFFF
 """The length of an attribute has 16 bits: that of all peers in a message together."""
 _ADDRESSES_PER_PEER: Final = 1000

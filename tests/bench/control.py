@@ -474,7 +474,7 @@ class Control:
         results: dict[str, Any] = {}
         peers = specs(10000)
         chosen = encode.MESSAGE_WORK
-        sizes = sorted({4, chosen, 64, 500})
+        sizes = sorted({1, chosen, 16, 64, 500})
         with Place("kernel") as place:
             other = place.bench.task()
 
