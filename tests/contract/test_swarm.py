@@ -287,6 +287,8 @@ def test_options_of_networks_are_read(cluster: Cluster) -> None:
         "encrypted": cluster.add_network(f"{cluster.prefix}_sec", ["encrypted"]),
         "dsr": cluster.add_network(f"{cluster.prefix}_dsr", ["dsr"]),
     }
+    # An engine may list what it has just made a moment later (seen on 26.1).
+    cluster.until(lambda: set(made.values()) <= cluster.swarm.snapshot().networks.keys())
     networks = cluster.swarm.snapshot().networks
     assert [name for name, i in made.items() if networks[i].is_encrypted] == ["encrypted"]
     assert [name for name, i in made.items() if networks[i].is_dsr] == ["dsr"]
