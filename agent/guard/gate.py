@@ -49,7 +49,7 @@ class Gate:
         if network is None or edge.table_of(network) not in self._edges.read():
             return False
         with open_new(self._overlays, file, time.monotonic() + MOUNT_S) as space:
-            return not space.observe().digest and space.create(render(SHUT)[0])
+            return space.create(render(SHUT)[0])
 
     def shut_all(self, files: Iterable[str]) -> frozenset[str]:
         """The same for several; those that the kernel refused, for what is not shut is open."""

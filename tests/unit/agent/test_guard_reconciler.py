@@ -157,6 +157,19 @@ def test_a_manager_that_the_engine_has_not_heard_of(rig: Rig, quarantined: bool)
     assert rig.asked == asked
 
 
+def test_a_new_manager_s_strict_network_gets_its_edge_on_a_node_without_tasks(rig: Rig) -> None:
+    """Nothing else would have the guard look again there."""
+    rig.overlays.spaces.clear()
+    rig.signatures.knows_managers = False
+    rig.put(WIRED)
+    rig.read()
+    assert rig.work() == []
+    rig.signatures.knows_managers = True
+    rig.clock.advance(DOUBT_S)
+    rig.work()
+    assert EDGE in rig.edges.texts
+
+
 def test_an_engine_event_closes_a_new_task(rig: Rig) -> None:
     """A container that appears is guarded with the next pass over its network; other networks are left alone."""
     rig.put(DEFAULT)
