@@ -74,6 +74,7 @@ def run(folder: Path, stop: threading.Event) -> None:
     overlays = OverlayNamespaces(folder)
     gate = Gate(overlays, NodeEdges())
     log.info("gate.started", version=__version__, folder=str(folder))
+    said = ""
     while not stop.is_set():
         try:
             with NewFiles(folder) as files:
@@ -81,7 +82,9 @@ def run(folder: Path, stop: threading.Event) -> None:
                 while not stop.is_set():
                     left = gate.shut_all({*left, *files.wait(_TURN_S)})
         except KernelBusy as error:
-            log.warning("gate.unwatched", error=str(error))
+            if str(error) != said:  # not twice a second
+                log.warning("gate.unwatched", error=str(error))
+            said = str(error)
             stop.wait(_TURN_S)
     log.info("gate.stopped")
 
