@@ -1,7 +1,7 @@
 """A stream of numbered packets and a TCP connection, run as a program in any namespace: what was lost on the way?
 
 ``serve`` echoes. ``send`` sends a number every few milliseconds over UDP and over one TCP connection until its standard
-input ends, waits for what is under way, and prints one JSON object. Both ends use the standard library only, so any
+input ends, waits until nothing more comes, and prints one JSON object. Both ends use the standard library only, so any
 Python runs them.
 """
 
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 PERIOD_S = 0.004
-_LAST_S = 2.0
-"""How long to wait for echoes after the last number."""
+_QUIET_S = 1.0
+"""After the last number, when nothing is missing: so long nothing may come that would tell of numbers sent twice."""
+_LOST_S = 5.0
+"""When so long nothing came, what is missing is lost; on a busy machine it may be late."""
 _SO_RCVBUFFORCE = 33
 """asm-generic/socket.h: beyond what the machine allows everybody."""
 _KEPT_BYTES = 8 << 20
@@ -87,62 +89,105 @@ def _echo(connection: socket.socket) -> None:
             rest = rest[whole:]
 
 
-def send(host: str, port: int) -> dict[str, Any]:
-    """Send until standard input ends; what came back."""
-    udp = _udp()
-    udp.connect((host, port))
-    tcp = socket.create_connection((host, port), timeout=10)
-    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    tcp.setblocking(False)
-    counts = {"udp_sent": 0, "udp_back": 0, "udp_errors": 0, "tcp_sent": 0, "tcp_back": 0, "server_again": 0}
-    seen: set[int] = set()
-    broken, rest, number, longest_s, last = "", b"", 0, 0.0, time.monotonic()
-    due, ends_at = last, None
-    print("sending", flush=True)
-    while ends_at is None or time.monotonic() < ends_at:
-        now = time.monotonic()
-        if now >= due:
-            # The very last number asks the server for its count when all is over.
-            due, number = due + (PERIOD_S if ends_at is None else _LAST_S), number + 1
+class _Sender:
+    """Sends numbers and counts their echoes."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._udp = _udp()
+        self._udp.connect((host, port))
+        self._tcp = socket.create_connection((host, port), timeout=10)
+        self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._tcp.setblocking(False)
+        self._number, self._rest, self._broken = 0, b"", ""
+        self._seen: set[int] = set()
+        self._udp_sent = self._udp_errors = self._tcp_sent = self._tcp_back = self._server_again = 0
+        self._longest_s = 0.0
+        self._udp_came_at = self._came_at = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Send until standard input ends; what came back."""
+        print("sending", flush=True)
+        due, is_open = time.monotonic(), True
+        while is_open:
+            now = time.monotonic()
+            if now >= due:
+                # Who waited for a processor does not make up for it: queues on the way do not hold such a burst.
+                due = max(due + PERIOD_S, now)
+                self._send_udp()
+                self._send_tcp()
+            ready = self._receive(min(0.05, max(0.0, due - time.monotonic())), sys.stdin)
+            is_open = not (sys.stdin in ready and not os.read(sys.stdin.fileno(), 1))
+        longest_s = self._longest_s
+        self._drain(_QUIET_S)
+        self._send_tcp()  # asks the server for its count when all is over
+        self._drain(0.0)
+        return {
+            "udp_sent": self._udp_sent,
+            "udp_back": len(self._seen),
+            "udp_errors": self._udp_errors,
+            "tcp_sent": self._tcp_sent,
+            "tcp_back": self._tcp_back,
+            "server_again": self._server_again,
+            "client_again": 0 if self._broken else sent_again(self._tcp),
+            "tcp_broken": self._broken,
+            "longest_gap_ms": round(longest_s * 1000),
+        }
+
+    def _send_udp(self) -> None:
+        self._number += 1
+        try:
+            self._udp.send(_NUMBER.pack(self._number))
+            self._udp_sent += 1
+        except OSError:
+            self._udp_errors += 1
+
+    def _send_tcp(self) -> None:
+        if self._broken:
+            return
+        try:
+            self._tcp_sent += self._tcp.send(_NUMBER.pack(self._number)) == _NUMBER.size
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._broken = str(error)
+
+    def _drain(self, quiet_s: float) -> None:
+        """Take what still comes, until nothing is missing and nothing came for a while, or nothing came for long."""
+        self._came_at = time.monotonic()
+        while time.monotonic() < self._came_at + (_LOST_S if self._is_missing else quiet_s):
+            self._receive(0.05)
+
+    @property
+    def _is_missing(self) -> bool:
+        return len(self._seen) < self._udp_sent or (not self._broken and self._tcp_back < self._tcp_sent)
+
+    def _receive(self, timeout_s: float, *others: Any) -> list[Any]:
+        ready, _, _ = select.select([self._udp, *([] if self._broken else [self._tcp]), *others], [], [], timeout_s)
+        if self._udp in ready:
             try:
-                if ends_at is None:
-                    udp.send(_NUMBER.pack(number))
-                    counts["udp_sent"] += 1
+                self._seen.add(_NUMBER.unpack(self._udp.recv(2048))[0])
+                now = time.monotonic()
+                self._longest_s = max(self._longest_s, now - self._udp_came_at)
+                self._udp_came_at = self._came_at = now
             except OSError:
-                counts["udp_errors"] += 1
+                self._udp_errors += 1
+        if self._tcp in ready:
             try:
-                counts["tcp_sent"] += not broken and tcp.send(_NUMBER.pack(number)) == _NUMBER.size
-            except BlockingIOError:
-                pass
+                data = self._tcp.recv(65536)
+                self._broken = "" if data else "closed"
             except OSError as error:
-                broken = broken or str(error)
-        readable = [udp] if broken else [udp, tcp]
-        watched = [*readable, sys.stdin] if ends_at is None else readable
-        ready, _, _ = select.select(watched, [], [], min(0.05, max(0.0, due - time.monotonic())))
-        if udp in ready:
-            try:
-                seen.add(_NUMBER.unpack(udp.recv(2048))[0])
-                longest_s, last = max(longest_s, time.monotonic() - last), time.monotonic()
-            except OSError:
-                counts["udp_errors"] += 1
-        if tcp in ready:
-            try:
-                data = tcp.recv(65536)
-            except OSError as error:
-                data, broken = b"", broken or str(error)
-            broken = broken or ("" if data else "closed")
-            rest += data
-            whole = len(rest) // _ECHO.size * _ECHO.size
-            for _, again in _ECHO.iter_unpack(rest[:whole]):
-                counts["tcp_back"] += 1
-                counts["server_again"] = again
-            rest = rest[whole:]
-        if sys.stdin in ready and not sys.stdin.buffer.read1(1):
-            ends_at = time.monotonic() + _LAST_S
-            due = time.monotonic() + _LAST_S * 3 / 4
-    counts["udp_back"] = len(seen)
-    again = 0 if broken else sent_again(tcp)
-    return {**counts, "client_again": again, "tcp_broken": broken, "longest_gap_ms": round(longest_s * 1000)}
+                data, self._broken = b"", str(error)
+            self._came_at = time.monotonic()
+            self._take_tcp(data)
+        return list(ready)
+
+    def _take_tcp(self, data: bytes) -> None:
+        self._rest += data
+        whole = len(self._rest) // _ECHO.size * _ECHO.size
+        for _, again in _ECHO.iter_unpack(self._rest[:whole]):
+            self._tcp_back += 1
+            self._server_again = again
+        self._rest = self._rest[whole:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +257,7 @@ def stop(process: "subprocess.Popen[str]") -> None:
         if process.stdin is not None:
             process.stdin.close()
         try:
-            process.wait(_LAST_S + 3)
+            process.wait(5)
         except subprocess.TimeoutExpired:
             process.kill()
 
@@ -232,7 +277,7 @@ def main() -> None:
     if arguments.command == "serve":
         serve(int(arguments.words[0]))
     else:
-        print(json.dumps(send(arguments.words[0], int(arguments.words[1]))), flush=True)
+        print(json.dumps(_Sender(arguments.words[0], int(arguments.words[1])).run()), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if [ -n "$ROOT" ]; then
     mount --rbind /dev "$new/dev"
     mount --rbind /sys "$new/sys"
     mkdir -p "$new/lib/modules"
-    [ ! -d /lib/modules ] || mount --bind -o ro /lib/modules "$new/lib/modules"
+    [ ! -d /lib/modules ] || mount --rbind -o ro /lib/modules "$new/lib/modules"  # an engine loads modules
 else
     new=
     mount -t overlay -o "$(layers /etc)" overlay /etc

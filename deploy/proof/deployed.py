@@ -113,7 +113,7 @@ class Deployed:
         return json.loads(self.cli("-o", "json", *arguments, check=False))
 
     def wait_ready(self, timeout_s: int = 120) -> None:
-        """Until ``hivewire check`` is green. Raises LabError with what it said last."""
+        """Until ``hivewire check`` is green. Raises LabError with what it said last, and why tasks did not start."""
         limit_s = int(patient(timeout_s))
         deadline = time.monotonic() + limit_s
         while True:
@@ -122,10 +122,18 @@ class Deployed:
                 self.cli("check", "--wait", f"{max(5, left)}s", timeout_s=max(5, left) + 30)
             except (CommandFailed, LabError) as error:
                 if left <= 0:
-                    raise LabError(f"the mesh is not ready after {limit_s} s: {error}") from error
+                    told = "\n".join((str(error), *self._failed_tasks()))
+                    raise LabError(f"the mesh is not ready after {limit_s} s: {told}") from error
                 time.sleep(1)
             else:
                 return
+
+    def _failed_tasks(self) -> list[str]:
+        """What the Swarm says of tasks that failed, each once."""
+        shown = "{{if .Error}}{{.Name}} on {{.Node}}: {{.Error}}{{end}}"
+        stacks = self.docker("stack", "ls", "--format", "{{.Name}}").split()
+        said = [self.docker("stack", "ps", "--no-trunc", "--format", shown, stack) for stack in stacks]
+        return sorted({line for text in said for line in text.splitlines() if line})
 
     def in_namespace(self, task: Task, *argv: str, check: bool = True) -> str:
         """A program of the node in a task's network namespace."""

@@ -44,7 +44,8 @@ class Pair:
         time.sleep(max(KNOWN_S, FRESH_S) + 1)  # until then agents take the two for new tasks
 
     def _enter(self, task: Task) -> tuple[str, ...]:
-        return self.mesh.lab.node(task.node).enter("nsenter", f"--net={self.mesh.sandbox(task)}")
+        """Into the task's network only: a node that has a root of its own has not this Python."""
+        return ("nsenter", f"--net=/proc/{self.mesh.lab.node(task.node).pid}/root{self.mesh.sandbox(task)}")
 
     def streams(self, host: str = "") -> Streams:
         streams = Streams(self._enter(self.caller), host or self.address, PORT)
