@@ -1,4 +1,4 @@
-"""What only a kernel with WireGuard, IPVS and IPsec can show. `make kernel-lab` runs it in a virtual machine."""
+"""What only a kernel with WireGuard, IPVS and IPsec can show. `make kernel` runs it in a virtual machine."""
 
 import os
 import subprocess
@@ -20,4 +20,4 @@ def machine() -> None:
     dry = subprocess.run(("modprobe", "--dry-run", "--quiet", "--all", *NEEDED), check=False)
     if dry.returncode != 0:
         give_up = pytest.fail if GUEST.is_dir() else pytest.skip
-        give_up(f"this kernel has not all of {', '.join(NEEDED)}: make kernel-lab runs these tests on one that has")
+        give_up(f"this kernel has not all of {', '.join(NEEDED)}: make kernel runs these tests on one that has")
