@@ -45,7 +45,9 @@ class Pair:
 
     def _enter(self, task: Task) -> tuple[str, ...]:
         """Into the task's network only: a node that has a root of its own has not this Python."""
-        return ("nsenter", f"--net=/proc/{self.mesh.lab.node(task.node).pid}/root{self.mesh.sandbox(task)}")
+        # Docker writes /var/run, which here would lead to this machine's /run.
+        sandbox = self.mesh.sandbox(task).removeprefix("/var")
+        return ("nsenter", f"--net=/proc/{self.mesh.lab.node(task.node).pid}/root{sandbox}")
 
     def streams(self, host: str = "") -> Streams:
         streams = Streams(self._enter(self.caller), host or self.address, PORT)
@@ -89,6 +91,7 @@ def unharmed(pair: Pair, what: str, *, untouched: bool = False) -> Iterator[None
     """Streams by the task's address run while the block does, and lose nothing."""
     streams = pair.streams()
     yield
+    time.sleep(1)  # they go the new way for a while
     verdict = streams.end()
     print(f"{what}: {verdict}")
     assert verdict.goes_on, f"{what}: {verdict}"
