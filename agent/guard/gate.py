@@ -78,6 +78,7 @@ def run(folder: Path, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             with NewFiles(folder) as files:
+                said = ""
                 left = gate.shut_all(overlays.list())  # those that came before the watch
                 while not stop.is_set():
                     left = gate.shut_all({*left, *files.wait(_TURN_S)})
