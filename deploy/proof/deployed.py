@@ -109,8 +109,14 @@ class Deployed:
         return self.exec(controller[0], "hivewire", *arguments, check=check, timeout_s=timeout_s)
 
     def ask(self, *arguments: str) -> Any:
-        """The same as JSON values."""
-        return json.loads(self.cli("-o", "json", *arguments, check=False))
+        """The same as JSON values, those of a command that found something wrong as well. Raises LabError."""
+        try:
+            said = self.cli("-o", "json", *arguments)
+        except CommandFailed as failed:
+            if not failed.stdout.strip():
+                raise
+            said = failed.stdout
+        return json.loads(said)
 
     def wait_ready(self, timeout_s: int = 120) -> None:
         """Until ``hivewire check`` is green. Raises LabError with what it said last, and why tasks did not start."""

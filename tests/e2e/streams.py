@@ -11,7 +11,7 @@ from proof.deployed import Deployed, Task, wait_for
 _CLIENT = """
 import json, os, socket, sys, threading, time
 host, port, mark, state, pause = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], float(sys.argv[5])
-seen = {"connections": 0, "answers": 0, "sent": 0, "heard": 0, "last": 0.0, "done": False}
+seen = {"connections": 0, "answers": 0, "sent": 0, "heard": 0, "refused": {}, "lost": [], "last": 0.0, "done": False}
 stop = threading.Event()
 def tcp():
     while not stop.is_set():
@@ -32,22 +32,29 @@ def tcp():
 def udp():
     channel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     channel.settimeout(0.2)
-    heard = set()
+    sent, heard = [], set()
     def listen():
         while not seen["done"]:
             try:
-                heard.add(channel.recv(200).split()[1])
+                heard.add(int(channel.recv(200).split()[1]))
                 seen["heard"] = len(heard)
             except OSError:
                 pass
     threading.Thread(target=listen, daemon=True).start()
     while not stop.is_set():
+        now = time.time()
         try:
-            channel.sendto(b"%s %d" % (mark.encode(), seen["sent"]), (host, port))
-        except OSError:
-            pass
-        seen["sent"] += 1
+            channel.sendto(b"%s %d" % (mark.encode(), len(sent)), (host, port))
+            sent.append(now)
+            seen["sent"] = len(sent)
+        except OSError as error:
+            seen["refused"][str(error)] = seen["refused"].get(str(error), 0) + 1
         time.sleep(pause)
+    quiet, before = 0, -1  # an answer may be late; when for so long none came, what is missing is lost
+    while len(heard) < len(sent) and quiet < 50:
+        quiet, before = (quiet + 1 if len(heard) == before else 0), len(heard)
+        time.sleep(0.1)
+    seen["lost"] = [at for number, at in enumerate(sent) if number not in heard][:100]
 threads = [threading.Thread(target=work) for work in (tcp, udp)]
 for thread in threads:
     thread.start()
@@ -61,7 +68,6 @@ while not os.path.exists(state + ".stop"):
 stop.set()
 for thread in threads:
     thread.join()
-time.sleep(1)  # the last answers
 seen["done"] = True
 save()
 """
@@ -113,6 +119,10 @@ class Seen:
     answers: int
     sent: int
     heard: int
+    refused: dict[str, int]
+    """How many datagrams could not be sent, by what the kernel said."""
+    lost: list[float]
+    """Unix times of the datagrams that were never answered, the first hundred; known at the end."""
     last: float
     """Unix time of the last answer over TCP."""
     done: bool
