@@ -1,10 +1,22 @@
-"""The real nft as a judge of rule texts: it checks them against the kernel, in a network namespace of its own."""
+"""The real nft: as a judge of rule texts, and to put them in force in a namespace as the agent does."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 
 import pytest
+
+from agent.kernel import nftables
+from agent.kernel.api import Namespace
+from agent.kernel.namespace import run_in
+from agent.kernel.rtnetlink import NETLINK_NETFILTER, Calls, Netlink
+
+
+def put(namespace: Namespace, text: str) -> None:
+    """Put the table that the text declares in force in the namespace."""
+    with contextlib.closing(run_in(namespace, lambda: Netlink(NETLINK_NETFILTER, Calls()))) as netlink:
+        nftables.replace(netlink, lambda transaction: run_in(namespace, lambda: nftables.apply(transaction)), text)
 
 
 def nft(text: str) -> subprocess.CompletedProcess[str]:

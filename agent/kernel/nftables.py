@@ -2,7 +2,8 @@
 
 The table's comment carries the digest of the rules and how many of what the kernel must hold for them, so telling
 what is applied costs a few netlink dumps, no process and no memory of what was applied; so do its counters, and one
-dump more per set that they say has something new. Changes go through ``nft``, in one transaction.
+dump more per set that they say has something new. A table is made by ``nft``, in one transaction, and put in the place
+of another one in steps, so that no packet is judged by a half of either.
 """
 
 import errno
@@ -10,7 +11,7 @@ import hashlib
 import re
 import struct
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
@@ -23,9 +24,12 @@ from agent.rules.render import FORGET_S
 from hivewire.errors import KernelBusy, NoWireGuard
 
 TABLE: Final = "hivewire"
-_FAMILIES: Final = {"ip": 2, "inet": 1}
-"""Of a task's table, as nft and as the kernel call them (NFPROTO_IPV4, NFPROTO_INET in linux/netfilter.h). Two:
-an older version may have used the other one."""
+NEXT: Final = f"{TABLE}_next"
+"""The table that judges while TABLE is exchanged; else there is none."""
+FAMILIES: Final = ("ip", "inet")
+"""Of a task's table. Two: an older version may have used the other one."""
+_NUMBERS: Final = {"ip": 2, "inet": 1, "bridge": 7}
+"""As the kernel calls families (linux/netfilter.h)."""
 
 ALTERED: Final = "altered"
 """In the place of a digest: there is a table, and it does not hold what its comment says."""
@@ -33,6 +37,8 @@ ALTERED: Final = "altered"
 # linux/netfilter/nfnetlink.h, nf_tables.h; libnftnl/udata.h for the comment.
 _NFNL_SUBSYS_NFTABLES: Final = 10
 _NFT_MSG_GETTABLE: Final = 1
+_NFT_MSG_DELTABLE: Final = 2
+_NFT_MSG_DELCHAIN: Final = 5
 _NFTA_TABLE_NAME: Final = 1
 _NFTA_TABLE_FLAGS: Final = 2
 _NFTA_TABLE_HANDLE: Final = 4
@@ -42,7 +48,10 @@ _UDATA_TABLE_COMMENT: Final = 0
 _NFTA_NAME: Final = 2
 """Of a set or an object; every part names its table in attribute 1 (_NFTA_OBJ_TABLE)."""
 _NFT_MSG_GETCHAIN: Final = 4
+_NFTA_CHAIN_TABLE: Final = 1
 _NFTA_CHAIN_HANDLE: Final = 2
+_NFTA_CHAIN_NAME: Final = 3
+_NFTA_CHAIN_HOOK: Final = 4
 _NFTA_CHAIN_POLICY: Final = 5
 _NFT_MSG_GETRULE: Final = 7
 _NFTA_RULE_HANDLE: Final = 3
@@ -80,7 +89,7 @@ _FAMILY_AT: Final = 16
 _KEY: Final = struct.Struct("!4s4sB3xH2x")
 """Source, destination, protocol, port: each part of a key fills whole words of 4 bytes."""
 
-_DECLARED: Final = re.compile(rf"\s*table\s+(?:{'|'.join(_FAMILIES)}|bridge)\s+{TABLE}\s*\{{")
+_DECLARED: Final = re.compile(rf"(\s*table\s+({'|'.join(_NUMBERS)})\s+){TABLE}(\s*\{{)")
 _BLOCK: Final = re.compile(r"\s*(chain|set|counter|map) (\S+) \{")
 _COMMENT: Final = re.compile(r'(\s*comment "[^" ]*)"')
 _HOOK: Final = re.compile(r"\s*type \S+ hook ")
@@ -108,10 +117,13 @@ def applied(netlink: Netlink) -> str:
 
     Raises OSError, KernelBusy.
     """
-    family, table = _find(netlink)
-    said, _, census = comment(table.get(_NFTA_TABLE_USERDATA, b"")).partition(" ")
-    if not table:
+    found = list(_tables(netlink))
+    if not found:
         return ""
+    if any(name == NEXT for _, name, _ in found):
+        return ALTERED
+    family, _, table = found[0]
+    said, _, census = comment(table.get(_NFTA_TABLE_USERDATA, b"")).partition(" ")
     is_dormant = _number(table.get(_NFTA_TABLE_FLAGS, b"")) & _NFT_TABLE_F_DORMANT
     return said if said and not is_dormant and census == _held(netlink, family) else ALTERED
 
@@ -145,12 +157,12 @@ def _held(netlink: Netlink, family: int) -> str:
     return str(_Census(len(chains), len(rules), len(drops), _elements_digest(elements)))
 
 
-def _parts(netlink: Netlink, kind: int, family: int = _NFPROTO_INET) -> list[dict[int, bytes]]:
-    """All of one kind that Hivewire's table has."""
-    wanted = attribute(_NFTA_OBJ_TABLE, _text(TABLE))
+def _parts(netlink: Netlink, kind: int, family: int = _NFPROTO_INET, table: str = TABLE) -> list[dict[int, bytes]]:
+    """All of one kind that a table has."""
+    wanted = attribute(_NFTA_OBJ_TABLE, _text(table))
     found = (dict(attributes(each, _BODY_AT)) for each in netlink.dump(_request(kind, family, wanted)))
     # Not every kernel heeds the table in a question for all of a kind.
-    return [part for part in found if part.get(_NFTA_OBJ_TABLE) == _text(TABLE)]
+    return [part for part in found if part.get(_NFTA_OBJ_TABLE) == _text(table)]
 
 
 def _keys(netlink: Netlink, name: str, family: int) -> Iterator[bytes]:
@@ -217,15 +229,12 @@ def _listing(netlink: Netlink, name: str, family: int) -> list[bytes]:
 
 
 def _table(netlink: Netlink) -> dict[int, bytes]:
-    return _find(netlink)[1]
+    """Attributes of Hivewire's table; nothing where there is none."""
+    return next((table for _, name, table in _tables(netlink) if name == TABLE), {})
 
 
-def _find(netlink: Netlink) -> tuple[int, dict[int, bytes]]:
-    """Family and attributes of Hivewire's table; nothing where there is none."""
-    return next(_tables(netlink), (0, {}))
-
-
-def _tables(netlink: Netlink) -> Iterator[tuple[int, dict[int, bytes]]]:
+def _tables(netlink: Netlink) -> Iterator[tuple[int, str, dict[int, bytes]]]:
+    """Family, name and attributes of Hivewire's tables."""
     try:
         messages = netlink.dump(_request(_NFT_MSG_GETTABLE, 0, b""))
     except OSError as error:
@@ -233,10 +242,11 @@ def _tables(netlink: Netlink) -> Iterator[tuple[int, dict[int, bytes]]]:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return
         raise
+    names = {_text(name): name for name in (TABLE, NEXT)}
     for message in messages:
         found = dict(attributes(message, _BODY_AT))
-        if found.get(_NFTA_TABLE_NAME, b"") == _text(TABLE):
-            yield message[_FAMILY_AT], found
+        if (name := names.get(found.get(_NFTA_TABLE_NAME, b""))) is not None:
+            yield message[_FAMILY_AT], name, found
 
 
 def _request(kind: int, family: int, wanted: bytes) -> Request:
@@ -286,36 +296,98 @@ def comment(userdata: bytes) -> str:
     return ""
 
 
-def families(netlink: Netlink | None) -> tuple[str, ...]:
-    """In which families Hivewire has a table. Raises OSError, KernelBusy."""
-    if netlink is None:
-        return ()
-    there = {number for number, _ in _tables(netlink)}
-    return tuple(name for name, number in _FAMILIES.items() if number in there)
+def replace(netlink: Netlink | None, run: Callable[[str], None], text: str, families: Iterable[str] = FAMILIES) -> None:
+    """Put the table that the text declares in the place of Hivewire's tables of these families.
 
+    ``netlink`` is of the namespace, None where its kernel has no nftables; ``run`` carries out transactions there.
+    Raises KernelBusy, OSError, and what ``run`` raises.
 
-def replacement(text: str, there: Iterable[str] = _FAMILIES) -> str:
-    """The transaction that replaces Hivewire's tables by the one that the text declares. Raises KernelBusy.
-
-    ``there``: the families that have one. Where there is none it is faster by far to remove none: a socket that had
-    a table removed waits at its closing until the kernel has freed it (nft_rcv_nl_event in
-    net/netfilter/nf_tables_api.c), some 10 ms, and with it the end of nft.
+    A packet keeps the rules that it met when it came to a hook, but sets are looked up as they are at that time: where
+    a transaction takes rules and their sets away together, it finds nothing. Then what a link allows is dropped, or
+    passes what a guard should stop (nft_do_chain, nft_set_elem_active in net/netfilter; some packets in a hundred
+    exchanges under load). So a table of the new rules judges meanwhile, and of the old one the chains at hooks go
+    first, then what they looked up. What breaks off leaves a table that judges, and NEXT, with which the next exchange
+    begins.
     """
-    if not _DECLARED.match(text):
+    kind, declared = _family(text), _declaration(text)
+    if netlink is None or not (there := _there(netlink, families)):
+        run(declared)
+        return
+    if (kind, NEXT) in there and any(_heads(netlink, family, TABLE) for family, name in there if name == TABLE):
+        _retire(netlink, kind, NEXT)
+        there.remove((kind, NEXT))
+    if (kind, NEXT) not in there:
+        run(_DECLARED.sub(rf"\g<1>{NEXT}\g<3>", declared, count=1))
+    former = [family for family, name in there if name == TABLE]
+    for family in former:
+        _behead(netlink, family, TABLE)
+    run(_removal(former) + declared)
+    _retire(netlink, kind, NEXT)
+
+
+def remove(netlink: Netlink | None, families: Iterable[str] = FAMILIES) -> None:
+    """Leave no table of Hivewire's, in the order of ``replace``. Raises KernelBusy, OSError."""
+    if netlink is not None:
+        for family, name in _there(netlink, families):
+            _retire(netlink, family, name)
+
+
+def _there(netlink: Netlink, families: Iterable[str]) -> list[tuple[str, str]]:
+    """Family and name of Hivewire's tables."""
+    names = {_NUMBERS[family]: family for family in families}
+    return [(names[number], name) for number, name, _ in _tables(netlink) if number in names]
+
+
+def _retire(netlink: Netlink, family: str, table: str) -> None:
+    """Remove a table of which no packet needs anything any more once it has no chain at a hook."""
+    _behead(netlink, family, table)
+    named = attribute(_NFTA_TABLE_NAME, _text(table))
+    _transact(netlink, [_request(_NFT_MSG_DELTABLE, _NUMBERS[family], named)])
+
+
+def _behead(netlink: Netlink, family: str, table: str) -> None:
+    """Take the chains of a table from their hooks; what those lead to stays."""
+    number, named = _NUMBERS[family], attribute(_NFTA_CHAIN_TABLE, _text(table))
+    heads = _heads(netlink, family, table)
+    _transact(
+        netlink, [_request(_NFT_MSG_DELCHAIN, number, named + attribute(_NFTA_CHAIN_NAME, head)) for head in heads]
+    )
+
+
+def _heads(netlink: Netlink, family: str, table: str) -> list[bytes]:
+    """Names of the chains at hooks."""
+    chains = _parts(netlink, _NFT_MSG_GETCHAIN, _NUMBERS[family], table)
+    return [chain[_NFTA_CHAIN_NAME] for chain in chains if _NFTA_CHAIN_HOOK in chain]
+
+
+def _transact(netlink: Netlink, requests: Sequence[Request]) -> None:
+    if requests:
+        netlink.transact(_NFNL_SUBSYS_NFTABLES, requests)
+
+
+def _family(text: str) -> str:
+    """Of the table that the text declares. Raises KernelBusy."""
+    if (declared := _DECLARED.match(text)) is None:
         raise KernelBusy(f"the rules do not declare the table {TABLE}")
-    return removal(there) + _COMMENT.sub(rf'\1 {_announced(text)}"', text, count=1)
+    return declared[2]
+
+
+def _declaration(text: str) -> str:
+    """The text with the census in its comment."""
+    return _COMMENT.sub(rf'\1 {_announced(text)}"', text, count=1)
 
 
 def creation(text: str, family: str) -> str:
     """The transaction that makes the table that the text declares, and fails where there is one. Raises KernelBusy."""
-    declared = replacement(text, ())
+    _family(text)
+    declared = _declaration(text)
     said = re.search(r'comment "[^"]*"', declared)
     # Only its own command gives a table a comment, and nft 1.0.6 loses what else stands in the block of a "create".
     return f"create table {family} {TABLE} {{ {said[0] if said else ''}; }}\n{declared}"
 
 
-def removal(families: Iterable[str] = _FAMILIES) -> str:
-    """The transaction that leaves no table of Hivewire."""
+def _removal(families: Iterable[str]) -> str:
+    """The transaction that leaves no table of Hivewire's in these families."""
     # "add" makes "delete" succeed where there is no table.
     return "".join(f"add table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in families)
 

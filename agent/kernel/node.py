@@ -263,9 +263,9 @@ class _NodeSession:
                 if place.tables is not None:
                     conntrack.forget(place.tables, addresses)
             case SetRules(text):
-                self._nft(nftables.replacement(text, nftables.families(place.tables)))
+                nftables.replace(place.tables, self._nft, text)
             case RemoveRules():
-                self._nft(nftables.removal())
+                nftables.remove(place.tables)
             case RemoveInterface():
                 if (link := self._find_link()) is not None:
                     self._driver.remove(place, link)

@@ -100,7 +100,10 @@ class Space(Protocol):
         """
 
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
-        """Replace the guard's table in one transaction. Raises NamespaceGone, KernelBusy, NoWireGuard without nft."""
+        """Replace the guard's table; each frame is judged by the old one or by the new one.
+
+        Raises NamespaceGone, KernelBusy, NoWireGuard without nft.
+        """
 
     def create(self, text: str) -> bool:
         """Make the guard's table, and leave alone one that is there; whether it was made. Raises as ``apply`` does."""
@@ -203,7 +206,8 @@ class _Space:
             return {path: by_namespace.get(_identifier(self._routes, path), frozenset()) for path in sandboxes}
 
     def apply(self, text: str, counts: Mapping[str, Count]) -> None:
-        self._nft(nftables.replacement(counting_on(text, counts), _FAMILIES))
+        with translated("replace the guard's table"):
+            nftables.replace(self._tables, self._nft, counting_on(text, counts), _FAMILIES)
 
     def create(self, text: str) -> bool:
         try:
@@ -215,7 +219,8 @@ class _Space:
         return True
 
     def remove(self) -> None:
-        self._nft(nftables.removal(_FAMILIES))
+        with translated("remove the guard's table"):
+            nftables.remove(self._tables, _FAMILIES)
 
     def noted_counters(self) -> NotedCounters:
         with translated("read the counters of the guard"):

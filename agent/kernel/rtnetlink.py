@@ -48,6 +48,10 @@ _NLM_F_DUMP_INTR: Final = 0x10
 _NLM_F_ACK_TLVS: Final = 0x200
 _NLMSGERR_ATTR_MSG: Final = 1
 
+# linux/netfilter/nfnetlink.h
+_BATCH_BEGIN: Final = 16
+_BATCH_END: Final = 17
+
 # linux/rtnetlink.h
 _RTM_NEWLINK: Final = 16
 _RTM_DELLINK: Final = 17
@@ -215,6 +219,20 @@ class Netlink:
             finally:
                 pool.shutdown(cancel_futures=True)
         return outcomes
+
+    def transact(self, subsystem: int, requests: Sequence[Request]) -> None:
+        """Have a subsystem of nfnetlink carry out the requests together, or none of them. Raises OSError."""
+        begin, end = (Request(kind, struct.pack("!BBH", 0, 0, subsystem)) for kind in (_BATCH_BEGIN, _BATCH_END))
+        # Not every kernel acknowledges the end itself. What fails as a whole is said of the beginning.
+        last = Request(requests[-1].kind, requests[-1].body, requests[-1].flags | NLM_F_ACK)
+        numbers = self._send([begin, *requests[:-1], last, end])
+        told: dict[int, OSError | None] = {}
+        while numbers[-2] not in told and numbers[0] not in told:
+            for kind, flags, sequence, message in _split(self._socket.recv(65536)):
+                if kind == _NLMSG_ERROR:
+                    told[sequence] = _error(kind, message, flags)
+        if errors := [error for error in told.values() if error is not None]:
+            raise errors[0]
 
     def _carry_out(self, batch: list[Request]) -> list[OSError | None]:
         # The kernel always says what it refuses, and what it did only where that is asked for: at the end.

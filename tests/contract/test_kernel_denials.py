@@ -28,6 +28,7 @@ from agent.observed import NotedCounters, NotedEntry
 from agent.rules.render import ENTRIES, UNLISTED, Backends, RuleSet, Source, render
 from hivewire.ids import ServiceId, TaskId
 from hivewire.reports import DenialEntry, Direction, Reason
+from tests.real_nft import put
 from tests.unit.agent.values import ports
 
 R = TypeVar("R")
@@ -59,8 +60,7 @@ class Place:
         return nftables.entries(self.tables, name)
 
     def set_rules(self, rules: RuleSet) -> None:
-        text, _ = render(rules)
-        run_in(self.task, lambda: nftables.apply(nftables.replacement(text)))
+        put(self.task, render(rules)[0])
 
     def send(self, where: Namespace, to: str, port: int, count: int = 1) -> None:
         """Send datagrams; the sender may be told that it must not."""

@@ -1,6 +1,9 @@
 """Whether the rules that a task's table should hold are there, asked of the real nftables in a namespace of its own."""
 
 import contextlib
+import json
+import struct
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
@@ -11,8 +14,9 @@ from hypothesis import strategies as st
 
 from agent.kernel import nftables, rtnetlink
 from agent.kernel.api import Namespace
+from agent.kernel.encode import attribute
 from agent.kernel.namespace import identify, run_in
-from agent.kernel.rtnetlink import Calls, Netlink
+from agent.kernel.rtnetlink import Calls, Netlink, Request
 from agent.rules.closed import closed
 from agent.rules.render import Backends, RuleSet, Source, render
 from hivewire.ids import TaskId
@@ -39,7 +43,7 @@ class Held:
     tables: Netlink
 
     def set(self, text: str) -> None:
-        self.nft(nftables.replacement(text))
+        nftables.replace(self.tables, self.nft, text)
 
     def nft(self, text: str) -> None:
         run_in(self.namespace, lambda: nftables.apply(text))
@@ -150,5 +154,89 @@ def test_what_rules_note_is_no_change(held: Held) -> None:
 def test_no_table_is_no_digest(held: Held) -> None:
     """Where the table was deleted there is none."""
     held.set(render(RULES)[0])
-    held.nft(nftables.removal())
+    nftables.remove(held.tables)
     assert held.applied == ""
+
+
+LISTING = ("nft", "-j", "list", "ruleset", "inet")
+
+
+def judging(held: Held) -> dict[str, int]:
+    """How many chains at hooks each table has that is there."""
+    listed = run_in(held.namespace, lambda: subprocess.run(LISTING, capture_output=True, text=True, check=True).stdout)
+    parts = json.loads(listed)["nftables"]
+    heads = [it["chain"]["table"] for it in parts if "hook" in it.get("chain", {})]
+    return {it["table"]["name"]: heads.count(it["table"]["name"]) for it in parts if "table" in it}
+
+
+def test_in_an_exchange_one_table_judges_whole_at_every_moment(held: Held) -> None:
+    """A second one judges before the old one's chains leave their hooks, and goes when the new one does."""
+    held.set(render(RULES)[0])
+    before = judging(held)
+    seen = []
+
+    def watched(transaction: str) -> None:
+        seen.append(judging(held))
+        held.nft(transaction)
+        seen.append(judging(held))
+
+    text, digest = render(replace(RULES, enforce=False))
+    nftables.replace(held.tables, watched, text)
+    hooks, fewer = before[nftables.TABLE], before[nftables.TABLE] - 1  # observe forwards as it is told
+    assert hooks > 1
+    assert seen == [
+        {nftables.TABLE: hooks},
+        {nftables.TABLE: hooks, nftables.NEXT: fewer},
+        {nftables.TABLE: 0, nftables.NEXT: fewer},
+        {nftables.TABLE: fewer, nftables.NEXT: fewer},
+    ]
+    assert judging(held) == {nftables.TABLE: fewer}
+    assert held.applied == digest
+
+
+class Broken(Exception):
+    """The agent ended here."""
+
+
+@pytest.mark.parametrize(("whole", "and_then"), [(0, True), (1, False), (1, True), (2, False)])
+def test_an_exchange_that_breaks_off_is_noticed_and_made_good(held: Held, whole: int, and_then: bool) -> None:
+    """After so many transactions, or before the next one: something judges, and the next exchange cleans up."""
+    held.set(render(RULES)[0])
+    begun = 0
+
+    def breaking(transaction: str) -> None:
+        nonlocal begun
+        begun += 1
+        if begun > whole:
+            raise Broken
+        held.nft(transaction)
+        if begun == whole and not and_then:
+            raise Broken
+
+    with pytest.raises(Broken):
+        nftables.replace(held.tables, breaking, render(replace(RULES, sources=()))[0])
+    assert any(judging(held).values())
+    assert held.applied == (nftables.ALTERED if whole else render(RULES)[1])
+    text, digest = render(replace(RULES, enforce=False))
+    held.set(text)
+    assert (held.applied, list(judging(held))) == (digest, [nftables.TABLE])
+
+
+def test_both_tables_are_removed(held: Held) -> None:
+    """Where an exchange broke off, leaving the mesh leaves nothing either."""
+    held.set(render(RULES)[0])
+    held.nft("add table inet hivewire_next\n")
+    assert held.applied == nftables.ALTERED
+    nftables.remove(held.tables)
+    assert (held.applied, judging(held)) == ("", {})
+
+
+def test_the_kernels_refusal_of_one_request_undoes_all(held: Held) -> None:
+    """A batch is carried out as a whole or not at all, and says what was wrong."""
+    held.set(render(RULES)[0])
+    before = judging(held)
+    chain = [attribute(1, b"hivewire\0") + attribute(3, name) for name in (b"input\0", b"nosuch\0")]
+    body = struct.pack("=BBH", 1, 0, 0)
+    with pytest.raises(FileNotFoundError):
+        held.tables.transact(10, [Request(10 << 8 | 5, body + named) for named in chain])
+    assert judging(held) == before

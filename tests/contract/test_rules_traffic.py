@@ -15,11 +15,11 @@ import pytest
 
 from agent.kernel.api import Namespace
 from agent.kernel.namespace import identify, run_in
-from agent.kernel.nftables import apply, replacement
 from agent.rules.closed import closed
 from agent.rules.render import RuleSet, Source, render
 from hivewire.ids import TaskId
 from hivewire.records import PortRange
+from tests.real_nft import put
 from tests.unit.agent.values import ports
 
 HERE, THERE = IPv4Address("10.9.1.1"), IPv4Address("10.9.1.2")
@@ -69,7 +69,7 @@ class Pair:
         self.apply(self.there, rules(HERE, to or None, fro))
 
     def apply(self, namespace: Namespace, text: str) -> None:
-        run_in(namespace, lambda: apply(replacement(text)))
+        put(namespace, text)
 
     def connect(self, port: int, *, back: bool = False) -> tuple[socket.socket, socket.socket]:
         """A connection from here to there, or back: the client's end and the server's. Raises TimeoutError."""

@@ -20,13 +20,13 @@ import pytest
 from agent.kernel.api import Namespace
 from agent.kernel.bridge import way_out
 from agent.kernel.namespace import identify, run_in
-from agent.kernel.nftables import apply, replacement
 from agent.kernel.rtnetlink import Calls
 from agent.observed import Bridge
 from agent.rules.closed import closed
 from agent.rules.render import Backends, RuleSet, Source, WayOut, render
 from hivewire.ids import TaskId
 from tests.contract.test_kernel_denials import icmp, missing, namespace, run, until
+from tests.real_nft import put
 from tests.unit.agent.values import ports
 
 WIREGUARD, OVERLAY, WAY_OUT = "wg0", "eth0", "gw0"
@@ -59,7 +59,7 @@ class Pair:
         self.set_text(render(rules)[0])
 
     def set_text(self, text: str) -> None:
-        run_in(self.task, lambda: apply(replacement(text)))
+        put(self.task, text)
 
     def ip(self, where: Namespace, *words: str) -> str:
         return run(self.pids[where is self.other], *words)

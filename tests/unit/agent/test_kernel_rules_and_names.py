@@ -24,21 +24,11 @@ def test_user_data_of_others_is_no_error(data: bytes) -> None:
     nftables.comment(data)
 
 
-@pytest.mark.parametrize("family", ["ip", "inet"])
-def test_a_table_is_replaced_in_one_transaction(family: str) -> None:
-    """The old table, of either family, goes with the text that declares the new one."""
-    text = f"table {family} hivewire {{\n}}\n"
-    transaction = nftables.replacement(text)
-    assert transaction.endswith(text)
-    assert "delete table ip hivewire" in transaction
-    assert "delete table inet hivewire" in transaction
-
-
 @pytest.mark.parametrize("text", ["", "flush ruleset", "table ip nat {\n}\n", "add table ip hivewire"])
 def test_rules_of_other_tables_are_refused(text: str) -> None:
     """The adapter replaces Hivewire's table and no other."""
     with pytest.raises(KernelBusy):
-        nftables.replacement(text)
+        nftables.replace(None, lambda _: pytest.fail("carried out"), text)
 
 
 @given(SWARM_IDS)
