@@ -157,7 +157,7 @@ class RemoveRoute:
 
 @dataclass(frozen=True, slots=True)
 class SetRules:
-    """Replace the table of Hivewire in the namespace by this text, in one transaction."""
+    """Put the table that this text declares in the place of Hivewire's in the namespace."""
 
     text: str = field(repr=False)
     digest: str

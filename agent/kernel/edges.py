@@ -16,6 +16,7 @@ from agent.kernel.rtnetlink import NETLINK_NETFILTER, Calls, Netlink, Request, a
 
 _GETTABLE: Final = 10 << 8 | 1
 _NFPROTO_INET: Final = 1
+_FAMILIES: Final = ("inet",)
 _NFTA_TABLE_NAME: Final = 1
 _NFTA_TABLE_USERDATA: Final = 6
 _BODY_AT: Final = 20
@@ -29,7 +30,7 @@ class Edges(Protocol):
         """What is there, by name of the table. Raises KernelBusy, NoPermission."""
 
     def apply(self, name: str, text: str) -> None:
-        """Replace a table by the one that the text declares, in one transaction. Raises KernelBusy, NoWireGuard."""
+        """Put the table that the text declares in the place of the one of this name. Raises KernelBusy, NoWireGuard."""
 
     def remove(self, name: str) -> None:
         """Leave no table of this name. Raises as ``apply`` does."""
@@ -43,7 +44,7 @@ class NodeEdges:
 
     def read(self) -> Mapping[str, Edge]:
         try:
-            with contextlib.closing(Netlink(NETLINK_NETFILTER, self._calls)) as netlink:
+            with contextlib.closing(self._opened()) as netlink:
                 messages = netlink.dump(Request(_GETTABLE, struct.pack("=BBH", _NFPROTO_INET, 0, 0)))
         except OSError as error:
             if error.errno in _LACKING:
@@ -56,14 +57,18 @@ class NodeEdges:
             name = table.get(_NFTA_TABLE_NAME, b"").rstrip(bytes(1)).decode(errors="replace")
             if name.startswith(PREFIX):
                 found[name] = Edge.parse(nftables.comment(table.get(_NFTA_TABLE_USERDATA, b"")))
+        # Where an exchange broke off, two tables judge, and neither is what was wanted.
+        for name in [each for each in found if nftables.following(each) in found]:
+            found[name] = Edge(nftables.ALTERED, found[name].vnis | found.pop(nftables.following(name)).vnis)
         return found
 
     def apply(self, name: str, text: str) -> None:
-        nftables.apply(_reset(name) + text)
+        with translated("replace a table of the node"), contextlib.closing(self._opened()) as netlink:
+            nftables.exchange(netlink, nftables.apply, text, name, _FAMILIES)
 
     def remove(self, name: str) -> None:
-        nftables.apply(_reset(name))
+        with translated("remove a table of the node"), contextlib.closing(self._opened()) as netlink:
+            nftables.remove(netlink, _FAMILIES, name)
 
-
-def _reset(name: str) -> str:
-    return f"add table inet {name}\ndelete table inet {name}\n"
+    def _opened(self) -> Netlink:
+        return Netlink(NETLINK_NETFILTER, self._calls)

@@ -11,7 +11,7 @@ import hashlib
 import re
 import struct
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
@@ -24,8 +24,6 @@ from agent.rules.render import FORGET_S
 from hivewire.errors import KernelBusy, NoWireGuard
 
 TABLE: Final = "hivewire"
-NEXT: Final = f"{TABLE}_next"
-"""The table that judges while TABLE is exchanged; else there is none."""
 FAMILIES: Final = ("ip", "inet")
 """Of a task's table. Two: an older version may have used the other one."""
 _NUMBERS: Final = {"ip": 2, "inet": 1, "bridge": 7}
@@ -89,7 +87,7 @@ _FAMILY_AT: Final = 16
 _KEY: Final = struct.Struct("!4s4sB3xH2x")
 """Source, destination, protocol, port: each part of a key fills whole words of 4 bytes."""
 
-_DECLARED: Final = re.compile(rf"(\s*table\s+({'|'.join(_NUMBERS)})\s+){TABLE}(\s*\{{)")
+_DECLARED: Final = re.compile(rf"table (?:{'|'.join(_NUMBERS)}) {TABLE} \{{")
 _BLOCK: Final = re.compile(r"\s*(chain|set|counter|map) (\S+) \{")
 _COMMENT: Final = re.compile(r'(\s*comment "[^" ]*)"')
 _HOOK: Final = re.compile(r"\s*type \S+ hook ")
@@ -120,7 +118,7 @@ def applied(netlink: Netlink) -> str:
     found = list(_tables(netlink))
     if not found:
         return ""
-    if any(name == NEXT for _, name, _ in found):
+    if any(name != TABLE for _, name, _ in found):
         return ALTERED
     family, _, table = found[0]
     said, _, census = comment(table.get(_NFTA_TABLE_USERDATA, b"")).partition(" ")
@@ -233,8 +231,8 @@ def _table(netlink: Netlink) -> dict[int, bytes]:
     return next((table for _, name, table in _tables(netlink) if name == TABLE), {})
 
 
-def _tables(netlink: Netlink) -> Iterator[tuple[int, str, dict[int, bytes]]]:
-    """Family, name and attributes of Hivewire's tables."""
+def _tables(netlink: Netlink, table: str = TABLE) -> Iterator[tuple[int, str, dict[int, bytes]]]:
+    """Family, name and attributes of the tables of this name and of that which follows it."""
     try:
         messages = netlink.dump(_request(_NFT_MSG_GETTABLE, 0, b""))
     except OSError as error:
@@ -242,7 +240,7 @@ def _tables(netlink: Netlink) -> Iterator[tuple[int, str, dict[int, bytes]]]:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return
         raise
-    names = {_text(name): name for name in (TABLE, NEXT)}
+    names = {_text(name): name for name in (table, following(table))}
     for message in messages:
         found = dict(attributes(message, _BODY_AT))
         if (name := names.get(found.get(_NFTA_TABLE_NAME, b""))) is not None:
@@ -297,7 +295,19 @@ def comment(userdata: bytes) -> str:
 
 
 def replace(netlink: Netlink | None, run: Callable[[str], None], text: str, families: Iterable[str] = FAMILIES) -> None:
-    """Put the table that the text declares in the place of Hivewire's tables of these families.
+    """Exchange Hivewire's tables of these families for the one that the text declares, with its census in the comment.
+
+    Raises as ``exchange`` does.
+    """
+    if not _DECLARED.match(text):
+        raise KernelBusy(f"the rules do not declare the table {TABLE}")
+    exchange(netlink, run, _declaration(text), TABLE, families)
+
+
+def exchange(
+    netlink: Netlink | None, run: Callable[[str], None], text: str, table: str, families: Iterable[str]
+) -> None:
+    """Put the table that the text declares in the place of those of its name in these families.
 
     ``netlink`` is of the namespace, None where its kernel has no nftables; ``run`` carries out transactions there.
     Raises KernelBusy, OSError, and what ``run`` raises.
@@ -305,71 +315,66 @@ def replace(netlink: Netlink | None, run: Callable[[str], None], text: str, fami
     A packet keeps the rules that it met when it came to a hook, but sets are looked up as they are at that time: where
     a transaction takes rules and their sets away together, it finds nothing. Then what a link allows is dropped, or
     passes what a guard should stop (nft_do_chain, nft_set_elem_active in net/netfilter; some packets in a hundred
-    exchanges under load). So a table of the new rules judges meanwhile, and of the old one the chains at hooks go
-    first, then what they looked up. What breaks off leaves a table that judges, and NEXT, with which the next exchange
-    begins.
+    exchanges under load). So another table of the same rules judges meanwhile, and of the old one the chains at hooks
+    go first, then what they looked up. What breaks off leaves a table that judges, and the other one, with which the
+    next exchange begins.
     """
-    kind, declared = _family(text), _declaration(text)
-    if netlink is None or not (there := _there(netlink, families)):
-        run(declared)
+    if netlink is None or not (there := _there(netlink, families, table)):
+        run(text)
         return
-    if (kind, NEXT) in there and any(_heads(netlink, family, TABLE) for family, name in there if name == TABLE):
-        _retire(netlink, kind, NEXT)
-        there.remove((kind, NEXT))
-    if (kind, NEXT) not in there:
-        run(_DECLARED.sub(rf"\g<1>{NEXT}\g<3>", declared, count=1))
-    former = [family for family, name in there if name == TABLE]
-    for family in former:
-        _behead(netlink, family, TABLE)
-    run(_removal(former) + declared)
-    _retire(netlink, kind, NEXT)
+    family, other = text.split(maxsplit=2)[1], following(table)
+    former = [each for each, name in there if name == table]
+    if (family, other) in there and any(_heads(netlink, each, table) for each in former):
+        _retire(netlink, family, other)
+        there.remove((family, other))
+    if (family, other) not in there:
+        run(text.replace(f"table {family} {table} ", f"table {family} {other} ", 1))
+    for each in former:
+        _behead(netlink, each, table)
+    run("".join(f"delete table {each} {table}\n" for each in former) + text)
+    _retire(netlink, family, other)
 
 
-def remove(netlink: Netlink | None, families: Iterable[str] = FAMILIES) -> None:
-    """Leave no table of Hivewire's, in the order of ``replace``. Raises KernelBusy, OSError."""
+def remove(netlink: Netlink | None, families: Iterable[str] = FAMILIES, table: str = TABLE) -> None:
+    """Leave no table of this name, in the order of ``exchange``. Raises KernelBusy, OSError."""
     if netlink is not None:
-        for family, name in _there(netlink, families):
+        for family, name in _there(netlink, families, table):
             _retire(netlink, family, name)
 
 
-def _there(netlink: Netlink, families: Iterable[str]) -> list[tuple[str, str]]:
-    """Family and name of Hivewire's tables."""
+def following(table: str) -> str:
+    """The name of the table that judges while this one is exchanged; else there is none."""
+    return f"{table}_next"
+
+
+def _there(netlink: Netlink, families: Iterable[str], table: str) -> list[tuple[str, str]]:
+    """Family and name of the tables of this name and of that which follows it."""
     names = {_NUMBERS[family]: family for family in families}
-    return [(names[number], name) for number, name, _ in _tables(netlink) if number in names]
+    return [(names[number], name) for number, name, _ in _tables(netlink, table) if number in names]
 
 
 def _retire(netlink: Netlink, family: str, table: str) -> None:
     """Remove a table of which no packet needs anything any more once it has no chain at a hook."""
     _behead(netlink, family, table)
     named = attribute(_NFTA_TABLE_NAME, _text(table))
-    _transact(netlink, [_request(_NFT_MSG_DELTABLE, _NUMBERS[family], named)])
+    netlink.transact(_NFNL_SUBSYS_NFTABLES, [_request(_NFT_MSG_DELTABLE, _NUMBERS[family], named)])
 
 
 def _behead(netlink: Netlink, family: str, table: str) -> None:
     """Take the chains of a table from their hooks; what those lead to stays."""
     number, named = _NUMBERS[family], attribute(_NFTA_CHAIN_TABLE, _text(table))
-    heads = _heads(netlink, family, table)
-    _transact(
-        netlink, [_request(_NFT_MSG_DELCHAIN, number, named + attribute(_NFTA_CHAIN_NAME, head)) for head in heads]
-    )
+    requests = [
+        _request(_NFT_MSG_DELCHAIN, number, named + attribute(_NFTA_CHAIN_NAME, head))
+        for head in _heads(netlink, family, table)
+    ]
+    if requests:
+        netlink.transact(_NFNL_SUBSYS_NFTABLES, requests)
 
 
 def _heads(netlink: Netlink, family: str, table: str) -> list[bytes]:
     """Names of the chains at hooks."""
     chains = _parts(netlink, _NFT_MSG_GETCHAIN, _NUMBERS[family], table)
     return [chain[_NFTA_CHAIN_NAME] for chain in chains if _NFTA_CHAIN_HOOK in chain]
-
-
-def _transact(netlink: Netlink, requests: Sequence[Request]) -> None:
-    if requests:
-        netlink.transact(_NFNL_SUBSYS_NFTABLES, requests)
-
-
-def _family(text: str) -> str:
-    """Of the table that the text declares. Raises KernelBusy."""
-    if (declared := _DECLARED.match(text)) is None:
-        raise KernelBusy(f"the rules do not declare the table {TABLE}")
-    return declared[2]
 
 
 def _declaration(text: str) -> str:
@@ -379,17 +384,10 @@ def _declaration(text: str) -> str:
 
 def creation(text: str, family: str) -> str:
     """The transaction that makes the table that the text declares, and fails where there is one. Raises KernelBusy."""
-    _family(text)
     declared = _declaration(text)
     said = re.search(r'comment "[^"]*"', declared)
     # Only its own command gives a table a comment, and nft 1.0.6 loses what else stands in the block of a "create".
     return f"create table {family} {TABLE} {{ {said[0] if said else ''}; }}\n{declared}"
-
-
-def _removal(families: Iterable[str]) -> str:
-    """The transaction that leaves no table of Hivewire's in these families."""
-    # "add" makes "delete" succeed where there is no table.
-    return "".join(f"add table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in families)
 
 
 def apply(transaction: str) -> None:

@@ -17,6 +17,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from agent.guard import edge
+from agent.kernel import nftables
 from agent.kernel.api import Namespace
 from agent.kernel.edges import NodeEdges
 from agent.kernel.namespace import identify, run_in
@@ -122,4 +123,19 @@ def test_the_table_is_known_by_its_comment_replaced_and_removed(nodes: Nodes) ->
     for _ in range(2):
         run_in(nodes.node[0], lambda: NodeEdges().remove(NAME))
     assert nodes.read(0) == {}
+    assert nodes.arrives(STRICT)
+
+
+def test_what_broke_off_is_not_what_was_wanted(nodes: Nodes) -> None:
+    """Two tables of one name's exchange judge both; that is told, and put right with the next one."""
+    nodes.put(0, "10.0.1.3")
+    nodes.put(1, "10.0.1.4")
+    text, wanted = edge.render(RECORD, [IPv4Address("10.0.1.99")])
+    other = text.replace(NAME, nftables.following(NAME))
+    run_in(nodes.node[0], lambda: nftables.apply(other))
+    assert nodes.read(0) == {NAME: edge.Edge(nftables.ALTERED, frozenset(RECORD.vnis))}
+    assert not nodes.arrives(STRICT)
+    nodes.put(0, "10.0.1.99")
+    assert nodes.read(0) == {NAME: wanted}
+    nodes.put(0, "10.0.1.3")
     assert nodes.arrives(STRICT)

@@ -158,6 +158,7 @@ def test_no_table_is_no_digest(held: Held) -> None:
     assert held.applied == ""
 
 
+NEXT = nftables.following(nftables.TABLE)
 LISTING = ("nft", "-j", "list", "ruleset", "inet")
 
 
@@ -186,9 +187,9 @@ def test_in_an_exchange_one_table_judges_whole_at_every_moment(held: Held) -> No
     assert hooks > 1
     assert seen == [
         {nftables.TABLE: hooks},
-        {nftables.TABLE: hooks, nftables.NEXT: fewer},
-        {nftables.TABLE: 0, nftables.NEXT: fewer},
-        {nftables.TABLE: fewer, nftables.NEXT: fewer},
+        {nftables.TABLE: hooks, NEXT: fewer},
+        {nftables.TABLE: 0, NEXT: fewer},
+        {nftables.TABLE: fewer, NEXT: fewer},
     ]
     assert judging(held) == {nftables.TABLE: fewer}
     assert held.applied == digest
