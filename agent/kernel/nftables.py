@@ -46,7 +46,6 @@ _UDATA_TABLE_COMMENT: Final = 0
 _NFTA_NAME: Final = 2
 """Of a set or an object; every part names its table in attribute 1 (_NFTA_OBJ_TABLE)."""
 _NFT_MSG_GETCHAIN: Final = 4
-_NFTA_CHAIN_TABLE: Final = 1
 _NFTA_CHAIN_HANDLE: Final = 2
 _NFTA_CHAIN_NAME: Final = 3
 _NFTA_CHAIN_HOOK: Final = 4
@@ -362,7 +361,7 @@ def _retire(netlink: Netlink, family: str, table: str) -> None:
 
 def _behead(netlink: Netlink, family: str, table: str) -> None:
     """Take the chains of a table from their hooks; what those lead to stays."""
-    number, named = _NUMBERS[family], attribute(_NFTA_CHAIN_TABLE, _text(table))
+    number, named = _NUMBERS[family], attribute(_NFTA_OBJ_TABLE, _text(table))
     requests = [
         _request(_NFT_MSG_DELCHAIN, number, named + attribute(_NFTA_CHAIN_NAME, head))
         for head in _heads(netlink, family, table)
@@ -383,7 +382,7 @@ def _declaration(text: str) -> str:
 
 
 def creation(text: str, family: str) -> str:
-    """The transaction that makes the table that the text declares, and fails where there is one. Raises KernelBusy."""
+    """The transaction that makes the table that the text declares, and fails where there is one."""
     declared = _declaration(text)
     said = re.search(r'comment "[^"]*"', declared)
     # Only its own command gives a table a comment, and nft 1.0.6 loses what else stands in the block of a "create".
