@@ -223,6 +223,35 @@ def test_an_exchange_that_breaks_off_is_noticed_and_made_good(held: Held, whole:
     assert (held.applied, list(judging(held))) == (digest, [nftables.TABLE])
 
 
+def test_what_an_earlier_exchange_left_never_judges_alone(held: Held) -> None:
+    """It may allow what was revoked since: while the old table is whole, the new rules come in its place."""
+    held.set(render(RULES)[0])
+    text, digest = render(replace(RULES, sources=()))
+    held.nft(render(replace(RULES, enforce=False))[0].replace("inet hivewire ", f"inet {NEXT} ", 1))
+    alone = []
+
+    def watched(transaction: str) -> None:
+        if judging(held)[nftables.TABLE] == 0:
+            tables = {name: table for _, name, table in nftables._tables(held.tables)}
+            alone.append(nftables.comment(tables[NEXT][nftables._NFTA_TABLE_USERDATA]).partition(" ")[0])
+        held.nft(transaction)
+
+    nftables.replace(held.tables, watched, text)
+    assert alone == [digest]
+    assert held.applied == digest
+
+
+def test_a_table_of_the_other_family_goes_too(held: Held) -> None:
+    """An older version's table, with a chain at a hook, does not stay beside the new one."""
+    nftables.remove(held.tables)
+    held.nft("table ip hivewire {\n\tchain input {\n\t\ttype filter hook input priority 0; policy drop;\n\t}\n}\n")
+    assert held.applied == nftables.ALTERED
+    text, digest = render(RULES)
+    held.set(text)
+    assert held.applied == digest
+    assert [(number, name) for number, name, _ in nftables._tables(held.tables)] == [(1, nftables.TABLE)]
+
+
 def test_both_tables_are_removed(held: Held) -> None:
     """Where an exchange broke off, leaving the mesh leaves nothing either."""
     held.set(render(RULES)[0])
