@@ -84,8 +84,8 @@ def _body(rules: Rules) -> Iterator[str]:
         yield f"\tchain {name} {{"
         yield from (f"\t\t{rule}" for rule in _noting(name, f'counter name "{counter}" drop'))
         yield "\t}"
-    yield from _chain(FROM_TASKS, "prerouting priority -300", "iifname", _judge(rules, "saddr", "iif", FROM_TASKS))
-    yield from _chain(TO_TASKS, "postrouting priority 300", "oifname", _judge(rules, "daddr", "oif", TO_TASKS))
+    yield from _judged(FROM_TASKS, "prerouting priority -300", "iifname", _judge(rules, "saddr", "iif", FROM_TASKS))
+    yield from _judged(TO_TASKS, "postrouting priority 300", "oifname", _judge(rules, "daddr", "oif", TO_TASKS))
 
 
 def _judge(rules: Rules, end: str, port: str, counter: str) -> Iterator[str]:
@@ -116,13 +116,16 @@ def _noting(name: str, drop: str) -> Iterator[str]:
     yield f"counter name {UNLISTED} {drop}"
 
 
-def _chain(name: str, hook: str, interface: str, rules: Iterable[str]) -> Iterator[str]:
+def _judged(name: str, hook: str, interface: str, rules: Iterable[str]) -> Iterator[str]:
+    """A chain at a hook and the one that it leads to, which has all that looks into sets: decision 18."""
+    yield f"\tchain judge_{name} {{"
+    yield from (f"\t\t{rule}" for rule in rules)
+    yield "\t}"
     yield f"\tchain {name} {{"
     yield f"\t\ttype filter hook {hook}; policy accept;"
     yield f'\t\t{interface} "{UPLINK}" accept'
     yield "\t\tether type arp accept"
-    for rule in rules:
-        yield f"\t\t{rule}"
+    yield f"\t\tgoto judge_{name}"
     yield "\t}"
 
 

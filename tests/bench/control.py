@@ -7,6 +7,7 @@ Counterparts take turns, and each figure is a median with the ratio to its count
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
@@ -32,11 +33,23 @@ from agent.kernel.hosting import Start
 from agent.kernel.rtnetlink import Calls, Netlink
 from agent.kernel.userspace import HostClient, UserspaceDriver
 from agent.observed import ObservedTask
-from agent.ops import AddPeer, CreateInterface, Op, PeerSpec, RemoveInterface, RemovePeer, RemoveRules, Route, SetUp
+from agent.ops import (
+    AddPeer,
+    CreateInterface,
+    Op,
+    PeerSpec,
+    RemoveInterface,
+    RemovePeer,
+    RemoveRules,
+    Route,
+    SetRules,
+    SetUp,
+)
 from agent.plan import plan
+from agent.rules.render import RuleSet, Source, render
 from hivewire.ids import NodeId
 from hivewire.keys import PrivateKey, PublicKey
-from hivewire.records import Endpoint, NodeRecord
+from hivewire.records import Endpoint, NodeRecord, PortRange, Protocol
 from tests.contract.test_kernel import FIRST_PORT, NODES, RealBench, Task
 
 R = TypeVar("R")
@@ -169,6 +182,10 @@ def planned(task: Task, wanted: DesiredTask, seen: ObservedTask) -> tuple[Op, ..
     return plan(wanted, seen, new_key=task.key, node=NODE, now=time.time(), prune=True)
 
 
+def without_rules(ops: Iterable[Op]) -> list[Op]:
+    return [op for op in ops if not isinstance(op, SetRules | RemoveRules)]
+
+
 class Place(contextlib.AbstractContextManager["Place"]):
     """A bench of two nodes, gone afterwards with all its tasks."""
 
@@ -264,6 +281,7 @@ class Control:
             "dump_of_1000": self.dump,
             "no_op_reconcile_of_1000": self.no_op,
             "unchanged_under_traffic": self.traffic,
+            "rules_under_traffic": self.rules,
             "born_in_target": self.born,
             "socket_elsewhere": lambda: sockets("kernel"),
             "rtnetlink_elsewhere": self.elsewhere,
@@ -374,28 +392,15 @@ class Control:
 
     def traffic(self) -> dict[str, Any]:
         """2,000 packets per second from one task to another, while the receiver's state is applied again."""
-        results: dict[str, Any] = {}
         with Place("kernel") as place:
-            source, sink = place.bench.task(0), place.bench.task(1)
             others = specs(100)
-            for task in (source, sink):
-                create = CreateInterface(task.key, 1420, FIRST_PORT, LAST_PORT)
-                place.apply(task, create, SetUp(), *added(others))
-            spec = {task.id: self._spec_of(place, task) for task in (source, sink)}
-            wanted = {
-                task.id: desired(task, [*others, spec[other.id]]) for task, other in ((source, sink), (sink, source))
-            }
-            for task in (source, sink):
-                for _ in range(2):
-                    ops = planned(task, wanted[task.id], place.observe(task))
-                    place.apply(task, *(op for op in ops if not isinstance(op, RemoveRules) and "rules" not in str(op)))
-            assert place.bench.latency(source, sink, 30) is not None
-            text = place.configuration(sink, [*others, spec[source.id]])
+            source, sink, wanted = self._linked(place, others)
+            text = place.configuration(sink, [*others, self._spec_of(place, source)])
 
             def reconcile() -> None:
-                ops = planned(sink, wanted[sink.id], place.observe(sink))
-                place.apply(sink, *(op for op in ops if "rules" not in str(op)))
-                reapplied.append(sum("rules" not in str(op) for op in ops))
+                ops = planned(sink, wanted, place.observe(sink))
+                place.apply(sink, *without_rules(ops))
+                reapplied.append(len(without_rules(ops)))
 
             reapplied: list[int] = []
             works: dict[str, Callable[[], object]] = {
@@ -403,18 +408,58 @@ class Control:
                 "ours": reconcile,
                 "syncconf": lambda: place.time_wg(sink, "syncconf", "wg0", "FILE", text=text),
             }
-            for turn in range(3):
-                for name, work in works.items():
-                    seen = self._flood(source, sink, work, 6.0)
-                    results.setdefault(name, []).append(seen)
-                    say(f"{turn} {name} {seen}")
-        results["operations_of_ours"] = sum(reapplied)
-        return results
+            results: dict[str, Any] = self._floods(source, sink, works)
+        return {**results, "operations_of_ours": sum(reapplied)}
+
+    def rules(self) -> dict[str, Any]:
+        """The same packets, while the rules that let them in go from ``enforce`` to ``observe`` and back."""
+        with Place("kernel") as place:
+            source, sink, _ = self._linked(place, ())
+            links = (Source("bench", (source.address,), (PortRange(protocol=Protocol.UDP, first=9, last=9),)),)
+            rendered = [render(RuleSet(mode == "enforce", ("eth0",), (), links)) for mode in ("enforce", "observe")]
+            texts = itertools.cycle(rendered)
+            place.apply(sink, SetRules(*next(texts)))
+            took: dict[str, list[float]] = {"ours": [], "one_transaction": []}
+
+            def exchange() -> None:
+                took["ours"].append(place.time_ops(sink, SetRules(*next(texts))))
+
+            def at_once() -> None:
+                text = f"delete table inet {nftables.TABLE}\n{next(texts)[0]}"
+                took["one_transaction"].append(
+                    timed(lambda: namespaces.run_in(sink.namespace, lambda: nftables.apply(text)))
+                )
+
+            lost = self._floods(source, sink, {"ours": exchange, "one_transaction": at_once})
+            return {name: {"floods": floods, **ms(took[name])} for name, floods in lost.items()}
+
+    def _linked(self, place: Place, others: Sequence[PeerSpec]) -> tuple[Task, Task, DesiredTask]:
+        """A source and a sink that reach each other, with other peers besides; and what the sink should have."""
+        source, sink = pair = place.bench.task(0), place.bench.task(1)
+        for task in pair:
+            create = CreateInterface(task.key, 1420, FIRST_PORT, LAST_PORT)
+            place.apply(task, create, SetUp(), *added(others))
+        specs_of = [self._spec_of(place, task) for task in pair]
+        wanted = [desired(task, [*others, spec]) for task, spec in zip(pair, reversed(specs_of), strict=True)]
+        for task, state in zip(pair, wanted, strict=True):
+            for _ in range(2):
+                place.apply(task, *without_rules(planned(task, state, place.observe(task))))
+        assert place.bench.latency(source, sink, 30) is not None
+        return source, sink, wanted[1]
 
     @staticmethod
     def _spec_of(place: Place, task: Task) -> PeerSpec:
         port = place.observe(task).interface.listen_port  # type: ignore[union-attr]
         return PeerSpec(task.key.public(), Endpoint(address=NODES[task.node], port=port), frozenset({task.network}))
+
+    def _floods(self, source: Task, sink: Task, works: dict[str, Callable[[], object]]) -> dict[str, Any]:
+        """Three floods each, in turns."""
+        results: dict[str, Any] = {name: [] for name in works}
+        for turn in range(3):
+            for name, work in works.items():
+                results[name].append(self._flood(source, sink, work, 6.0))
+                say(f"{turn} {name} {results[name][-1]}")
+        return results
 
     @staticmethod
     def _flood(source: Task, sink: Task, work: Callable[[], object], seconds: float) -> dict[str, float]:

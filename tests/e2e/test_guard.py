@@ -144,8 +144,9 @@ def ground(mesh: Deployed) -> Iterator[Field]:
             wait_for(f"the sink of {network}", lambda n=network: mesh.tasks(f"{n}_sink"), 60)
         for sender in SENDERS:
             labels = ("--label", "hivewire.mode=enforce") if sender.is_enforced else ()
-            # The machine is small: what only shows that the captures work need not be quick.
-            pause = 0.01 if sender.is_enforced else 0.2
+            # The machine is small: what only shows that the captures work need not be quick. Where all is slower the
+            # senders are, too: they share processors with the agents, and must not be all that runs.
+            pause = patient(0.01 if sender.is_enforced else 0.2)
             env = {"MARK": sender.mark, "PORT": sender.port, "PAUSE": pause, "NODE": "{{.Node.Hostname}}"}
             words = [w for key, value in env.items() for w in ("--env", f"{key}={value}")]
             targets = mesh.addresses(ground.sink(sender.network))

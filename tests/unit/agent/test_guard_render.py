@@ -1,5 +1,6 @@
 """The guard's nftables text, compared with golden files, and shown to the real nft where there is one."""
 
+import re
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def test_the_digest_stands_in_the_comment_and_tells_rules_apart() -> None:
         assert text.startswith(f'table bridge hivewire {{\n\tcomment "{digest}"\n')
         digests.add(digest)
     assert len(digests) == len(RULES)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_nothing_at_a_hook_looks_into_a_set(name: str) -> None:
+    """While tables are exchanged, a frame that is in such a chain would find the set empty, and be dropped for it."""
+    heads = re.findall(r"\t\ttype filter hook .*\n(?:\t\t.*\n)+", render(RULES[name])[0])
+    assert len(heads) == 2
+    assert not [head for head in heads if "{" in head or "@" in head]
 
 
 def test_counters_are_taken_over() -> None:
