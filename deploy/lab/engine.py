@@ -4,11 +4,10 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lab import cgroups, processes
+from lab import processes
 from lab.command import detach
 from lab.errors import LabError
 from lab.node import Node, execute
@@ -26,7 +25,6 @@ def start(node: Node) -> None:
     """
     detach(
         node.enter(
-            *_within(cgroups.make_for_engine(node.name)),
             "dockerd",
             "--host=unix:///var/run/docker.sock",  # where services bind it from
             "--host=unix:///run/lab/docker.sock",  # where the lab reaches it from outside
@@ -42,12 +40,6 @@ def start(node: Node) -> None:
         node.dir / "dockerd.pid",
     )
     _wait_until_it_answers(node)
-
-
-def _within(groups: Iterable[Path]) -> tuple[str, ...]:
-    """What begins a command line that is to run in these cgroups: nothing that it starts is ever outside."""
-    join = 'while [ "$1" != -- ]; do echo 0 >"$1"; shift; done; shift; exec "$@"'
-    return ("sh", "-c", join, "sh", *map(str, groups), "--")
 
 
 def kill(node: Node) -> None:
