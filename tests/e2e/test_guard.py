@@ -125,9 +125,9 @@ class Field:
         return listed
 
     def closes(self, task: Task, network: str) -> bool:
-        """Whether the guard on the task's node names its address."""
-        table = self.table(self.mesh.lab.node(task.node), network)
-        return set(self.mesh.addresses(task)) <= set(re.findall(r"[0-9.]+", table))
+        """Whether a rule of the guard on the task's node stops its address; what the guard noted is none."""
+        rules = re.findall(r"ip saddr (\{[^}]*\}|\S+) goto", self.table(self.mesh.lab.node(task.node), network))
+        return set(self.mesh.addresses(task)) <= set(re.findall(r"[0-9.]+", " ".join(rules)))
 
     def inside(self, node: Node, file: str, *argv: str) -> str:
         return subprocess.run(
