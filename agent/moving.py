@@ -7,7 +7,7 @@ the address of a backend is chosen with a connection's first packet: its VIP is 
 """
 
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Final
@@ -16,7 +16,7 @@ from agent.desired import DesiredTask
 from agent.observed import ObservedTask
 from hivewire.ids import ServiceId
 
-#: For so long after a link came peers may come late, and with them the end of connections in clear.
+#: For so long after the first route over a link, peers may come late, and with them the end of connections in clear.
 NEW_S: Final = 60.0
 #: A task that started later than this before its first look has no connections worth to keep.
 FRESH_S: Final = 5.0
@@ -74,19 +74,33 @@ class Move:
     """
 
     _links: dict[ServiceId, float] = field(default_factory=dict)
-    """Since when the task has had a link to the service."""
+    """Since when the task has sent to the service through WireGuard, or until when it was seen not to."""
     _held: Undecided = field(default_factory=Undecided)
     _since: float | None = None
     _flows: tuple[float, frozenset[IPv4Address]] | None = None
 
-    def new_links(self, services: Set[ServiceId], now: float, *, is_fresh: bool) -> frozenset[ServiceId]:
-        """Those with which connections may run in clear. ``is_fresh``: the task itself is new, so none does."""
-        self._links = {s: self._links.get(s, -math.inf if is_fresh else now) for s in services}
-        return frozenset(s for s, since in self._links.items() if now - since < NEW_S)
+    def candidates(
+        self,
+        undecided: Undecided,
+        links: Mapping[ServiceId, Set[IPv4Address]],
+        routed: Set[IPv4Address],
+        now: float,
+        *,
+        is_fresh: bool,
+    ) -> Undecided:
+        """Those to ask the kernel about: of links over which connections may run in clear, and what waits already.
 
-    def candidates(self, undecided: Undecided, of_new_links: Set[IPv4Address]) -> Undecided:
-        """Those to ask the kernel about: of new links, and what waits already."""
-        return undecided.among(of_new_links | self._held.peers | self._held.vips)
+        ``links``: the addresses of each; ``routed``: those that the task sends to through WireGuard; ``is_fresh``: the
+        task itself is new, so nothing runs in clear. A link without any route is new, if it takes its first peer an
+        hour to come.
+        """
+        unknown = -math.inf if is_fresh else now
+        self._links = {
+            service: self._links.get(service, unknown) if is_fresh or addresses & routed else now
+            for service, addresses in links.items()
+        }
+        new = {a for service, since in self._links.items() if now - since < NEW_S for a in links[service]}
+        return undecided.among(new | self._held.peers | self._held.vips)
 
     def flows(self, now: float, read: Callable[[], frozenset[IPv4Address]]) -> frozenset[IPv4Address]:
         if self._flows is None or now - self._flows[0] >= _FLOWS_S:

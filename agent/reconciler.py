@@ -327,19 +327,20 @@ class TaskReconciler:
         move: Move,
     ) -> Undecided:
         """What is not routed yet, for connections that would break. In ``enforce`` the old way is closed anyhow."""
-        now, is_fresh = self._monotonic(), 0 < self._now() - local.started_at < FRESH_S
-        new = move.new_links(policy.linked_services, now, is_fresh=is_fresh)
-        addresses = {a for service in new for peer in peers[service] for a in peer.addresses.values()}
-        addresses |= {
-            link.vip for link in (*policy.out_links, *policy.self_links) if link.vip is not None and link.service in new
-        }
-        candidates = move.candidates(undecided(desired, observed), addresses)
+        missing = undecided(desired, observed)
         # An interface that vanished under its rules, as a userspace device can: what it carried must not go in clear.
         has_vanished = observed.interface is None and bool(observed.rules)
-        if policy.mode is Mode.ENFORCE or has_vanished or not candidates:
+        if policy.mode is Mode.ENFORCE or has_vanished or not missing:
             held = Undecided()
         else:
-            held = candidates.held(move.flows(now, session.flows))
+            links = {s: {a for peer in them for a in peer.addresses.values()} for s, them in peers.items()}
+            for link in (*policy.out_links, *policy.self_links):
+                if link.vip is not None:
+                    links[link.service].add(link.vip)
+            routed = {route.destination.network_address for route in observed.routes}
+            now, is_fresh = self._monotonic(), 0 < self._now() - local.started_at < FRESH_S
+            candidates = move.candidates(missing, links, routed, now, is_fresh=is_fresh)
+            held = candidates.held(move.flows(now, session.flows)) if candidates else candidates
         move.hold(held)
         return held
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PERIOD_S = 0.004
+"""Between two numbers on an ordinary machine. On a slow one they take the time that agents need."""
 _QUIET_S = 1.0
 """After the last number, when nothing is missing: so long nothing may come that would tell of numbers sent twice."""
 _LOST_S = 5.0
@@ -92,7 +93,8 @@ def _echo(connection: socket.socket) -> None:
 class _Sender:
     """Sends numbers and counts their echoes."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, period_s: float) -> None:
+        self._period_s = period_s
         self._udp = _udp()
         self._udp.connect((host, port))
         self._tcp = socket.create_connection((host, port), timeout=10)
@@ -112,7 +114,7 @@ class _Sender:
             now = time.monotonic()
             if now >= due:
                 # Who waited for a processor does not make up for it: queues on the way do not hold such a burst.
-                due = max(due + PERIOD_S, now)
+                due = max(due + self._period_s, now)
                 self._send_udp()
                 self._send_tcp()
             ready = self._receive(min(0.05, max(0.0, due - time.monotonic())), sys.stdin)
@@ -227,10 +229,13 @@ class Verdict:
 
 
 class Streams:
-    """Streams from one namespace to a server in another one. ``enter`` is the command that leads into a namespace."""
+    """Streams from one namespace to a server in another one.
 
-    def __init__(self, enter: Sequence[str], host: str, port: int) -> None:
-        command = [*enter, sys.executable, __file__, "send", host, str(port)]
+    ``enter`` is the command that leads into a namespace, ``period_s`` the time from one number to the next.
+    """
+
+    def __init__(self, enter: Sequence[str], host: str, port: int, period_s: float) -> None:
+        command = [*enter, sys.executable, __file__, "send", host, str(port), str(period_s)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         _await(self._process, "sending", f"no stream to {host}:{port}")
 
@@ -277,7 +282,8 @@ def main() -> None:
     if arguments.command == "serve":
         serve(int(arguments.words[0]))
     else:
-        print(json.dumps(_Sender(arguments.words[0], int(arguments.words[1])).run()), flush=True)
+        host, port, period_s = arguments.words
+        print(json.dumps(_Sender(host, int(port), float(period_s)).run()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How long the lab and its tests wait: as written on an ordinary machine, a multiple of it on a slow one.
 
-Only the time until something is given up grows. Nothing is slower where all goes well.
+What grows is the time until something is given up, and the pause of those who send without end: they must leave a slow
+machine its processor. Nothing else is slower where all goes well.
 """
 
 import math

@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from lab.patience import patient
 
 from hivewire.records import Mode
 from tests.contract.agents import PORT, VIP, Cluster, OverlayBench
 from tests.contract.test_kernel import Task, _missing
-from tests.streams import Streams, start_server, stop
+from tests.streams import PERIOD_S, Streams, start_server, stop
 
 
 class World:
@@ -33,7 +34,8 @@ class World:
         return "denied_" in self.bench.run(task, "nft", "list", "ruleset")
 
     def streams(self, host: object = None, *, source: Task | None = None) -> Streams:
-        streams = Streams(self.bench.enter(source or self.caller), str(host or self.called.address), PORT)
+        enter, to = self.bench.enter(source or self.caller), str(host or self.called.address)
+        streams = Streams(enter, to, PORT, patient(PERIOD_S))
         self._stack.callback(streams.kill)
         return streams
 

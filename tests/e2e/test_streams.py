@@ -6,12 +6,13 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 from lab.images import Images
+from lab.patience import patient
 from proof.deployed import STACK, Deployed, Task, wait_for
 
 from agent.grace import KNOWN_S
 from agent.moving import FRESH_S
 from tests.e2e.test_modes import table
-from tests.streams import Streams, start_server, stop
+from tests.streams import PERIOD_S, Streams, start_server, stop
 
 pytestmark = pytest.mark.e2e
 
@@ -50,7 +51,7 @@ class Pair:
         return ("nsenter", f"--net=/proc/{self.mesh.lab.node(task.node).pid}/root{sandbox}")
 
     def streams(self, host: str = "") -> Streams:
-        streams = Streams(self._enter(self.caller), host or self.address, PORT)
+        streams = Streams(self._enter(self.caller), host or self.address, PORT, patient(PERIOD_S))
         self._stack.callback(streams.kill)
         return streams
 

@@ -1027,6 +1027,31 @@ def test_a_new_peer_of_an_old_link_is_fresh(rig: Rig) -> None:
     assert routed(rig) == {"10.1.0.5", "10.1.0.6", VIP}
 
 
+@pytest.mark.parametrize("late_s", [0.0, NEW_S + 1, 50 * NEW_S])
+def test_a_link_is_new_until_its_first_peer_comes(rig: Rig, late_s: float) -> None:
+    """Until then all connections run in clear, however long the other side's agent or the store takes."""
+    run_in_clear(rig, VIP, "10.1.0.5")
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]))
+    rig.pass_time(late_s)
+    rig.put(peer(5))
+    rig.settle()
+    assert routed(rig) == set()
+
+
+def test_a_link_whose_last_peer_went_is_new_again(rig: Rig) -> None:
+    """In observe its VIP is Swarm's meanwhile, which gives connections a backend as soon as there is one."""
+    run_in_clear(rig)
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    rig.pass_time(NEW_S + 1)
+    rig.delete(peer(5))
+    rig.settle()
+    assert routed(rig) == set()
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address(VIP))}
+    rig.put(peer(6))
+    rig.settle()
+    assert routed(rig) == {"10.1.0.6"}
+
+
 def test_what_waits_goes_on_waiting(rig: Rig) -> None:
     """A link is new for a while only, a connection may run for days."""
     run_in_clear(rig, VIP, "10.1.0.5")
