@@ -1,9 +1,11 @@
-"""Which routes have to wait, because connections run on the old way that would not survive the new one.
+"""What has to wait, because connections run on the old way that would not survive the new one.
 
 A side sends through WireGuard when the other side accepts it, and a completed handshake is the proof: the other side
 has us as a peer. Where nothing runs yet there is nothing to lose, so a fresh task's routes are there at once, and what
 it sends waits in WireGuard's queue. A connection that Swarm's load balancer has given a backend cannot move at all, for
 the address of a backend is chosen with a connection's first packet: its VIP is routed when the last one has ended.
+
+On the way back a task sends in clear at once, and what it has in the mesh waits until others have stopped to use it.
 """
 
 import math
@@ -13,13 +15,16 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from agent.desired import DesiredTask
-from agent.observed import ObservedTask
+from agent.observed import ObservedInterface, ObservedTask
 from hivewire.ids import ServiceId
 
 #: For so long after the first route over a link, peers may come late, and with them the end of connections in clear.
 NEW_S: Final = 60.0
 #: A task that started later than this before its first look has no connections worth to keep.
 FRESH_S: Final = 5.0
+#: A task that leaves the mesh goes on receiving until nothing came for so long. Agents hear of the same record some
+#: tens of milliseconds apart, and much later where one of them starts again or waits for its store.
+QUIET_S: Final = 3.0
 _FLOWS_S: Final = 0.5
 _SOON_S: Final = (0.03, 2.0)
 _LATER_S: Final = (1.0, 15.0)
@@ -122,6 +127,22 @@ class Move:
             self._since = now
         shortest, longest = _SOON_S if self._held.peers else _LATER_S
         return min(longest, max(shortest, (now - self._since) / 8))
+
+
+@dataclass(slots=True)
+class Leave:
+    """What is remembered of a task that leaves the mesh."""
+
+    _received: int | None = None
+    """Bytes, from all peers together."""
+    _since: float = 0.0
+
+    def is_over(self, interface: ObservedInterface, now: float) -> bool:
+        """Whether the others do not send through the interface any more."""
+        received = sum(peer.received_bytes for peer in interface.peers.values())
+        if received != self._received:
+            self._received, self._since = received, now
+        return now - self._since >= QUIET_S
 
 
 def _addresses(networks: Iterable[IPv4Network]) -> frozenset[IPv4Address]:

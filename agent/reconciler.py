@@ -21,7 +21,7 @@ from agent.desired import DesiredTask, TaskFacts, desired_task
 from agent.grace import LOOK_S, Grace
 from agent.handshakes import Handshakes, Turn
 from agent.kernel.api import Kernel, Session
-from agent.moving import FRESH_S, Move, Undecided, in_clear, undecided
+from agent.moving import FRESH_S, QUIET_S, Leave, Move, Undecided, in_clear, undecided
 from agent.observed import Bridge, ObservedInterface, ObservedTask
 from agent.ops import CreateInterface, Op, RemoveRules, SetRules
 from agent.own import OwnRecords
@@ -60,8 +60,6 @@ from hivewire.store.mirror import Mirror
 from hivewire.workqueue import WorkQueue
 
 _FOLLOWED_ALWAYS: Final = (MESH_KEY, QUARANTINES)
-#: Agents hear of the same record some tens of milliseconds apart, and of two records of one change likewise.
-RECEIVING_S: Final = 3.0
 
 
 class Tasks(Protocol):
@@ -107,14 +105,10 @@ class TaskReconciler:
         bridge: Callable[[], Bridge | None] = lambda: None,
         paths: Paths = lambda _endpoints: {},
         grace: Grace | None = None,
-        receiving_s: float = RECEIVING_S,
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """``bridge`` is that of the node's tasks' way out, as it is now.
-
-        ``receiving_s``: for so long a task that leaves the mesh goes on receiving over WireGuard.
-        """
+        """``bridge`` is that of the node's tasks' way out, as it is now."""
         self._node = node
         self._bridge = bridge
         self._tasks = tasks
@@ -124,7 +118,6 @@ class TaskReconciler:
         self._book = book
         self._paths = paths
         self._grace = grace or Grace(monotonic)
-        self._receiving_s = receiving_s
         self._monotonic = monotonic
         self._now = now
         self._log = logs.get()
@@ -135,8 +128,8 @@ class TaskReconciler:
         self._services: dict[TaskId, ServiceId] = {}
         self._handshakes = Handshakes()
         self._moves: dict[TaskId, Move] = {}
-        # Tasks that send in clear again and still receive, until when.
-        self._leaving: dict[TaskId, float] = {}
+        # Tasks that send in clear again and still receive.
+        self._leaving: dict[TaskId, Leave] = {}
         self._denials = DenialBook(now, monotonic)
         self._needs: dict[TaskId, frozenset[str]] = {}
         self._stopping: set[TaskId] = set()
@@ -444,10 +437,10 @@ class TaskReconciler:
         with suppress(NamespaceGone), self._session(local) as session:
             observed = session.observe()
             if observed.interface is not None:
-                # The other side may send through it until it has heard of this as well.
+                # The other side sends through it until it has heard of this as well.
                 with self._lock:
-                    ends_at = self._leaving.setdefault(local.task, self._monotonic() + self._receiving_s)
-                receiving = self._monotonic() < ends_at
+                    leave = self._leaving.setdefault(local.task, Leave())
+                receiving = not leave.is_over(observed.interface, self._monotonic())
             ops = plan_removal(observed, receiving=receiving)
             self._save_notes(local, session, observed, ops)
             session.apply(ops)
@@ -455,7 +448,7 @@ class TaskReconciler:
                 self._grace.left(local.container)
         self._unwrite(local.task)
         if receiving:
-            self._queue.add_after(local.task, self._receiving_s)
+            self._queue.add_after(local.task, QUIET_S)
             return Outcome(local.task, "leaves the mesh", ops)
         with self._lock:
             self._leaving.pop(local.task, None)

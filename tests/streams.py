@@ -28,6 +28,9 @@ _LOST_S = 5.0
 _SO_RCVBUFFORCE = 33
 """asm-generic/socket.h: beyond what the machine allows everybody."""
 _KEPT_BYTES = 8 << 20
+_IP_PKTINFO = 8
+_PKTINFO = struct.Struct("=i4s4s")
+"""Interface, own address, destination: ip(7)."""
 _NUMBER = struct.Struct("!Q")
 _ECHO = struct.Struct("!Qi")
 """The number, and how many segments of this connection the server sent again."""
@@ -56,15 +59,17 @@ def _udp() -> socket.socket:
 def serve(port: int) -> None:
     """Echo until standard input ends."""
     udp = _udp()
-    udp.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO: answer from the address that was asked
+    udp.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     udp.bind(("", port))
     listener = socket.create_server(("", port))
     threading.Thread(target=_accept, args=(listener,), daemon=True).start()
     threading.Thread(target=_end_with_input, daemon=True).start()
     print("ready", flush=True)
     while True:
-        data, sent_to, _, sender = udp.recvmsg(2048, 256)
-        udp.sendmsg([data], sent_to, 0, sender)
+        data, ((_, _, asked),), _, sender = udp.recvmsg(2048, 256)
+        # From the address that was asked, but by the way that the routes say: not by that on which the question came.
+        _, address, _ = _PKTINFO.unpack(asked)
+        udp.sendmsg([data], [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO.pack(0, address, b""))], 0, sender)
 
 
 def _end_with_input() -> None:

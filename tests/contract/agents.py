@@ -19,7 +19,7 @@ from agent.grace import Grace
 from agent.kernel.paths import PathSockets
 from agent.ops import ForgetFlows, Op
 from agent.paths import PathWatch
-from agent.reconciler import RECEIVING_S, TaskReconciler
+from agent.reconciler import TaskReconciler
 from agent.seen import Seen
 from agent.tasks import LocalTask, TaskEvent
 from agent.wiring import queue_all
@@ -159,7 +159,6 @@ class Agent:
             book=Book(Unsigned(), Seen()),
             paths=self.paths,
             grace=Grace(known_s=0.2),
-            receiving_s=patient(RECEIVING_S),
         )
         self.reconciler.resync()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from lab.patience import patient
 
+from agent.moving import QUIET_S
 from hivewire.records import Mode
 from tests.contract.agents import PORT, VIP, Cluster, OverlayBench
 from tests.contract.test_kernel import Task, _missing
@@ -189,7 +190,7 @@ def test_a_new_task_of_an_enforced_service_gets_no_grace(world: World) -> None:
 
 
 def test_a_link_closes_around_running_connections(world: World) -> None:
-    """Services that leave the mesh keep what runs between them, in clear again."""
+    """Services that leave the mesh keep what runs between them, in clear again, however late one side hears of it."""
     cluster = world.cluster
     cluster.link("calling", "called")
     cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
@@ -197,7 +198,7 @@ def test_a_link_closes_around_running_connections(world: World) -> None:
     cluster.work(1.0)
     cluster.unlink("calling")
     cluster.agents[0].step()
-    cluster.work(0.3)
+    cluster.work(2 * QUIET_S)
     cluster.unlink("called")
     cluster.until(lambda: not any(map(cluster.has_interface, world.tasks)), "nothing left")
     cluster.work(0.5)

@@ -9,7 +9,7 @@ import pytest
 
 from agent.book import DOUBT_S, HOLD_S, Book
 from agent.grace import LONGEST_S, SETTLE_S
-from agent.moving import NEW_S
+from agent.moving import NEW_S, QUIET_S
 from agent.observed import Bridge, ObservedTask
 from agent.ops import (
     AddPeer,
@@ -592,6 +592,17 @@ def test_policy_off(up: Rig) -> None:
     assert up.stored() == {}
     up.agent.resync()
     assert up.settle()[-1].summary == "not in the mesh"
+
+
+def test_who_leaves_receives_as_long_as_others_send(up: Rig) -> None:
+    """An agent that hears of it late, or starts again just then, still sends through WireGuard."""
+    up.put(policy(mode=Mode.OFF))
+    for _ in range(30):
+        up.pass_time(QUIET_S / 2)
+        up.device.peers[public_key(5)].received_bytes += 100
+    assert kinds(up.take_ops()) == [RemoveRules, RemoveRoute, RemoveRoute]
+    up.pass_time(3 * QUIET_S)
+    assert kinds(up.take_ops()) == [RemoveInterface]
 
 
 def test_policy_deleted(up: Rig) -> None:
