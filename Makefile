@@ -40,7 +40,7 @@ GUEST_PYTEST := $(CURDIR)/$(PYTHON) -m pytest -v -p no:cacheprovider --durations
 # guest wants the machine for itself: beside other work its mesh is not ready in time.
 kernel: kernel-bookworm kernel-trixie  ## Kernel WireGuard beside IPVS and IPsec: Debian's 6.1 and 6.12 in virtual machines (40 to 55 minutes).
 kernel-bookworm: ENGINE := host
-kernel-bookworm: CONTRACT := $(addprefix tests/contract/test_,kernel.py rules_held.py mtu.py)
+kernel-bookworm: CONTRACT := $(addprefix tests/contract/test_,kernel.py rules_held.py mtu.py activation.py)
 kernel-bookworm: LAB := tests/kernel tests/e2e/test_streams.py
 kernel-trixie: ENGINE := trixie
 kernel-trixie: CONTRACT := $(addprefix tests/contract/test_,kernel.py rules_held.py)
@@ -49,8 +49,7 @@ kernel-bookworm kernel-trixie: kernel-%: $(READY) packages
 	HIVEWIRE_TEST_PATIENCE=6 deploy/vm/run --kernel $* --limit 1800 $(GUEST_PYTEST) -k '[kernel or rules_held' $(CONTRACT)
 	deploy/vm/run --kernel $* --lab --limit 3600 $(GUEST_PYTEST) -k '[$(ENGINE)' $(LAB)
 
-kernel-lab: $(READY) packages  ## More on kernel WireGuard: activation, and the end-to-end suite in a virtual machine (very slow).
-	HIVEWIRE_TEST_PATIENCE=6 deploy/vm/run --kernel bookworm --limit 1800 $(GUEST_PYTEST) -k '[kernel' tests/contract/test_activation.py
+kernel-lab: $(READY) packages  ## More on kernel WireGuard: the end-to-end suite in a virtual machine (very slow).
 	deploy/vm/run --kernel bookworm --lab --limit 14400 $(GUEST_PYTEST) -k '[host' $(addprefix tests/e2e/test_,mesh.py modes.py matrix.py why_quarantine.py denials.py api.py privileges.py secrets.py)
 
 demo: $(READY) packages  ## A three-node Swarm on this machine, with services that talk through WireGuard.
