@@ -79,7 +79,7 @@ class Move:
     """
 
     _links: dict[ServiceId, float] = field(default_factory=dict)
-    """Since when the task has sent to the service through WireGuard, or until when it was seen not to."""
+    """Since when the task has sent to tasks of the service through WireGuard, or until when it was seen not to."""
     _held: Undecided = field(default_factory=Undecided)
     _since: float | None = None
     _flows: tuple[float, frozenset[IPv4Address]] | None = None
@@ -93,11 +93,11 @@ class Move:
         *,
         is_fresh: bool,
     ) -> Undecided:
-        """Those to ask the kernel about: of links over which connections may run in clear, and what waits already.
+        """Those to ask the kernel about: where connections may run in clear, and what waits already.
 
-        ``links``: the addresses of each; ``routed``: those that the task sends to through WireGuard; ``is_fresh``: the
-        task itself is new, so nothing runs in clear. A link without any route is new, if it takes its first peer an
-        hour to come.
+        ``links``: the addresses of each link's peers; ``routed``: those that the task sends to through WireGuard;
+        ``is_fresh``: the task itself is new, so nothing runs in clear. A link without any route is new, even if its
+        first peer takes an hour to come. A VIP without one is Swarm's, whatever other links there are to its service.
         """
         unknown = -math.inf if is_fresh else now
         self._links = {
@@ -105,6 +105,8 @@ class Move:
             for service, addresses in links.items()
         }
         new = {a for service, since in self._links.items() if now - since < NEW_S for a in links[service]}
+        if not is_fresh:
+            new |= undecided.vips
         return undecided.among(new | self._held.peers | self._held.vips)
 
     def flows(self, now: float, read: Callable[[], frozenset[IPv4Address]]) -> frozenset[IPv4Address]:

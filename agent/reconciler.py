@@ -327,9 +327,6 @@ class TaskReconciler:
             held = Undecided()
         else:
             links = {s: {a for peer in them for a in peer.addresses.values()} for s, them in peers.items()}
-            for link in (*policy.out_links, *policy.self_links):
-                if link.vip is not None:
-                    links[link.service].add(link.vip)
             routed = {route.destination.network_address for route in observed.routes}
             now, is_fresh = self._monotonic(), 0 < self._now() - local.started_at < FRESH_S
             candidates = move.candidates(missing, links, routed, now, is_fresh=is_fresh)

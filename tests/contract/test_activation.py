@@ -107,6 +107,25 @@ def test_a_link_opens_around_running_connections(world: World) -> None:
         assert verdict.goes_on, verdict
 
 
+def test_a_link_that_opens_late_waits_as_well(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first peer comes when its agent and the store are back: what Swarm balanced goes on even then."""
+    monkeypatch.setattr("agent.moving.NEW_S", 0.5)
+    cluster = world.cluster
+    world.bench.balance(world.called)
+    direct, balanced = world.streams(), world.streams(VIP)
+    cluster.admits = lambda _claim: False
+    cluster.link("calling", "called")
+    cluster.until(lambda: all(map(cluster.has_interface, world.tasks)), "interfaces")
+    cluster.work(2.0)
+    cluster.admits = lambda _claim: True
+    cluster.until(lambda: cluster.are_linked(*world.tasks), "the link")
+    cluster.work(2.0)
+    assert cluster.goes_through(world.caller, VIP) == "eth0"
+    for verdict in (direct.end(), balanced.end()):
+        print(verdict)
+        assert verdict.goes_on, verdict
+
+
 def test_the_vip_moves_when_its_last_old_connection_has_ended(world: World) -> None:
     """A connection that Swarm balanced keeps its way; without one the VIP is routed, and fails closed, at once."""
     cluster = world.cluster

@@ -1063,6 +1063,21 @@ def test_a_link_whose_last_peer_went_is_new_again(rig: Rig) -> None:
     assert routed(rig) == {"10.1.0.6"}
 
 
+def test_a_vip_comes_later_than_the_peers_behind_it(rig: Rig) -> None:
+    """Who was called only begins to call: its connections by VIP ran in clear until now, though the peers are old."""
+    run_in_clear(rig)
+    rig.put(policy(mode=Mode.OBSERVE, into=[link("db", "5432")]), peer(5))
+    rig.pass_time(NEW_S + 1)
+    assert routed(rig) == {"10.1.0.5"}
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address(VIP))}
+    rig.put(policy(mode=Mode.OBSERVE, into=[link("db", "5432")], out=[link("db", "5432", vip=VIP)]))
+    rig.settle()
+    assert routed(rig) == {"10.1.0.5"}
+    rig.namespace.flows.clear()
+    rig.settle()
+    assert routed(rig) == {"10.1.0.5", VIP}
+
+
 def test_what_waits_goes_on_waiting(rig: Rig) -> None:
     """A link is new for a while only, a connection may run for days."""
     run_in_clear(rig, VIP, "10.1.0.5")
