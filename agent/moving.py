@@ -107,7 +107,7 @@ class Move:
         new = {a for service, since in self._links.items() if now - since < NEW_S for a in links[service]}
         if not is_fresh:
             new |= undecided.vips
-        return undecided.among(new | self._held.peers | self._held.vips)
+        return undecided.among(new | self._held.peers)
 
     def flows(self, now: float, read: Callable[[], frozenset[IPv4Address]]) -> frozenset[IPv4Address]:
         if self._flows is None or now - self._flows[0] >= _FLOWS_S:

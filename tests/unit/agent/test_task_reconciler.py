@@ -1042,11 +1042,12 @@ def test_a_new_peer_of_an_old_link_is_fresh(rig: Rig) -> None:
 def test_a_link_is_new_until_its_first_peer_comes(rig: Rig, late_s: float) -> None:
     """Until then all connections run in clear, however long the other side's agent or the store takes."""
     run_in_clear(rig, VIP, "10.1.0.5")
-    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]))
+    out = [link("db", "5432", vip=VIP), link("cache", "6379")]
+    rig.put(policy(mode=Mode.OBSERVE, out=out), peer(7, service="cache"))
     rig.pass_time(late_s)
     rig.put(peer(5))
     rig.settle()
-    assert routed(rig) == set()
+    assert routed(rig) == {"10.1.0.7"}
 
 
 def test_a_link_whose_last_peer_went_is_new_again(rig: Rig) -> None:
@@ -1057,10 +1058,10 @@ def test_a_link_whose_last_peer_went_is_new_again(rig: Rig) -> None:
     rig.delete(peer(5))
     rig.settle()
     assert routed(rig) == set()
-    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address(VIP))}
+    rig.namespace.flows = {(IPv4Address(OWN), IPv4Address(VIP)), (IPv4Address(OWN), IPv4Address("10.1.0.6"))}
     rig.put(peer(6))
     rig.settle()
-    assert routed(rig) == {"10.1.0.6"}
+    assert routed(rig) == set()
 
 
 def test_a_vip_comes_later_than_the_peers_behind_it(rig: Rig) -> None:
@@ -1081,9 +1082,9 @@ def test_a_vip_comes_later_than_the_peers_behind_it(rig: Rig) -> None:
 def test_what_waits_goes_on_waiting(rig: Rig) -> None:
     """A link is new for a while only, a connection may run for days."""
     run_in_clear(rig, VIP, "10.1.0.5")
-    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5))
+    rig.put(policy(mode=Mode.OBSERVE, out=[link("db", "5432", vip=VIP)]), peer(5), peer(6))
     rig.pass_time(NEW_S + 5)
-    assert routed(rig) == set()
+    assert routed(rig) == {"10.1.0.6"}
 
 
 def test_a_vip_waits_for_the_end_of_its_connections(rig: Rig) -> None:
