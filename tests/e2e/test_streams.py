@@ -10,7 +10,7 @@ from lab.patience import patient
 from proof.deployed import STACK, Deployed, Task, wait_for
 
 from agent.grace import KNOWN_S
-from agent.moving import FRESH_S
+from agent.moving import FRESH_S, QUIET_S
 from tests.e2e.test_modes import table
 from tests.streams import PERIOD_S, Streams, start_server, stop
 
@@ -140,6 +140,25 @@ def test_a_link_of_running_services_comes_and_goes(pair: Pair) -> None:
         wait_for("nothing of Hivewire left", pair.is_in_clear, 30)
     verdict = later.end()
     assert verdict.goes_on, verdict
+
+
+def test_a_link_closes_while_an_agent_does_not_answer(pair: Pair) -> None:
+    """One side leaves the mesh, and receives through it until the other side's agent has heard of it as well."""
+    mesh = pair.mesh
+    pair.label("--label-add", LINK, "--label-add", "hivewire.mode=observe")
+    wait_for("the link", pair.is_linked, 30)
+    wait_for("a handshake", pair.has_shaken_hands, 30)
+    (late,) = (t for t in mesh.tasks(f"{STACK}_agent") if t.node == pair.called.node)
+    with unharmed(pair, "the mesh disabled, one agent late"):
+        mesh.lab.docker(late.node, "pause", late.container)
+        try:
+            pair.label("--label-rm", "hivewire.links", "--label-rm", "hivewire.mode")
+            wait_for("the caller's way in clear", lambda: not pair.routes(pair.caller), 30)
+            time.sleep(2 * QUIET_S)
+            assert pair.routes(pair.called), "the other agent was not late"
+        finally:
+            mesh.lab.docker(late.node, "unpause", late.container)
+        wait_for("nothing of Hivewire left", pair.is_in_clear, 60)
 
 
 def test_a_running_service_is_enforced_around_its_connections(pair: Pair) -> None:
