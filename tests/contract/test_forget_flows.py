@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from agent.kernel.rtnetlink import Calls
 from agent.ops import ForgetFlows
 from hivewire.ids import TaskId
 from tests.fakes.kernel import FakeKernel
+from tests.needs import need_namespaces
 
 TASK = TaskId("task1")
 OWN, ONE, TWO, VIP = (IPv4Address(f"10.9.0.{n}") for n in (2, 3, 4, 200))
@@ -110,8 +110,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         if request.param == "fake":
             yield FakeBench()
             return
-        if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "ip", "nft"))):
-            pytest.skip("a real namespace needs root, iproute2, nftables and util-linux")
+        need_namespaces()
         if not Path("/proc/net/nf_conntrack").exists():
             pytest.skip("this kernel does not list the connections that it tracks")
         yield RealBench(stack)

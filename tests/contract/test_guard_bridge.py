@@ -9,7 +9,6 @@ that Docker gives its VXLAN port; the guard knows it by that name.
 """
 
 import contextlib
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from agent.kernel.overlay import OverlayNamespaces
 from hivewire.errors import NamespaceGone
 from hivewire.ids import ContainerId, NetworkId, ServiceId, TaskId
 from hivewire.records import GuardRecord
+from tests.needs import need_namespaces
 from tests.real_nft import need_nft
 
 FILE, GROUP = "1-abcdefghij", "239.1.2.3"
@@ -104,8 +104,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     need_nft("bridge")
-    if not all(map(shutil.which, ("ip", "setpriv"))):
-        pytest.skip("needs iproute2 and util-linux")
+    need_namespaces()
     with contextlib.ExitStack() as stack:
 
         def hold() -> int:

@@ -23,7 +23,8 @@ from agent.kernel.edges import NodeEdges
 from agent.kernel.namespace import identify, run_in
 from hivewire.ids import NetworkId, TaskId
 from hivewire.records import GuardRecord
-from tests.contract.test_kernel_denials import missing, namespace, run
+from tests.contract.test_kernel_denials import namespace, run
+from tests.needs import need_namespaces
 
 STRICT, PLAIN = 4097, 4098
 RECORD = GuardRecord(network=NetworkId("abcdefghij0123456789"), name="app", strict=True, vnis=(STRICT,))
@@ -66,8 +67,7 @@ class Nodes:
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    if reason := missing():
-        pytest.skip(reason)
+    need_namespaces()
     with contextlib.ExitStack() as stack:
         pids = [stack.enter_context(namespace()) for _ in range(2)]
         run(pids[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(pids[1]))

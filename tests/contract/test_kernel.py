@@ -7,7 +7,6 @@ Each lives as long as a process of the test, so nothing of it outlives the test,
 import contextlib
 import itertools
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -52,6 +51,7 @@ from hivewire.ids import TaskId
 from hivewire.keys import PrivateKey
 from hivewire.records import Endpoint
 from tests.fakes.kernel import FakeKernel, FakeUnderlay
+from tests.needs import missing
 
 R = TypeVar("R")
 
@@ -315,11 +315,8 @@ def _until(holds: Callable[[], bool], what: str, log: Path | None = None) -> Non
 
 def _missing(backend: str) -> str:
     """Why the backend cannot be tried here; empty: it can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    tools = ["ip", "nft", "unshare", "nsenter", "setpriv"] + ["wireguard-go"] * (backend == "userspace")
-    if missing := [tool for tool in tools if shutil.which(tool) is None]:
-        return f"not installed: {', '.join(missing)}"
+    if reason := missing(*["wireguard-go"] * (backend == "userspace")):
+        return reason
     if backend == "userspace" and not Path("/dev/net/tun").exists():
         return "no /dev/net/tun"
     if backend == "kernel" and not netlink.is_offered(Calls()):

@@ -5,8 +5,6 @@ the WireGuard interface, because rules look at its name only. Each namespace liv
 """
 
 import contextlib
-import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -28,6 +26,7 @@ from agent.observed import NotedCounters, NotedEntry
 from agent.rules.render import ENTRIES, UNLISTED, Backends, RuleSet, Source, render
 from hivewire.ids import ServiceId, TaskId
 from hivewire.reports import DenialEntry, Direction, Reason
+from tests.needs import need_namespaces
 from tests.real_nft import put
 from tests.unit.agent.values import ports
 
@@ -86,17 +85,9 @@ class Place:
         }  # fmt: skip
 
 
-def missing() -> str:
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    tools = [tool for tool in ("ip", "nft", "unshare", "nsenter", "setpriv") if shutil.which(tool) is None]
-    return f"not installed: {', '.join(tools)}" if tools else ""
-
-
 @pytest.fixture
 def place() -> Iterator[Place]:
-    if reason := missing():
-        pytest.skip(reason)
+    need_namespaces()
     with contextlib.ExitStack() as stack:
         holders = [stack.enter_context(namespace()) for _ in range(2)]
         first, second = holders

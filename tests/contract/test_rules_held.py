@@ -20,7 +20,8 @@ from agent.kernel.rtnetlink import Calls, Netlink, Request
 from agent.rules.closed import closed
 from agent.rules.render import Backends, RuleSet, Source, render
 from hivewire.ids import TaskId
-from tests.contract.test_kernel_denials import missing, namespace
+from tests.contract.test_kernel_denials import namespace
+from tests.needs import need_namespaces
 from tests.unit.agent.values import ports
 
 ADDRESSES = [IPv4Address(f"10.8.0.{n}") for n in range(5, 25)]
@@ -61,8 +62,7 @@ class Held:
 
 @pytest.fixture(scope="module")
 def held() -> Iterator[Held]:
-    if reason := missing():
-        pytest.skip(reason)
+    need_namespaces()
     with namespace() as pid:
         space = identify(TaskId("held"), f"/proc/{pid}/ns/net")
         with contextlib.closing(run_in(space, lambda: Netlink(rtnetlink.NETLINK_NETFILTER, Calls()))) as tables:

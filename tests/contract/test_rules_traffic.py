@@ -5,7 +5,6 @@ Two namespaces are joined by a veth pair whose ends have the name of the WireGua
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from agent.rules.closed import closed
 from agent.rules.render import RuleSet, Source, render
 from hivewire.ids import TaskId
 from hivewire.records import PortRange
+from tests.needs import need_namespaces
 from tests.real_nft import put
 from tests.unit.agent.values import ports
 
@@ -85,8 +85,7 @@ class Pair:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "ip", "nft"))):
-        pytest.skip("real namespaces need root, iproute2, nftables and util-linux")
+    need_namespaces()
     with contextlib.ExitStack() as stack:
         yield Pair(stack)
 

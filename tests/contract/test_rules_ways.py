@@ -25,7 +25,8 @@ from agent.observed import Bridge
 from agent.rules.closed import closed
 from agent.rules.render import Backends, RuleSet, Source, WayOut, render
 from hivewire.ids import TaskId
-from tests.contract.test_kernel_denials import icmp, missing, namespace, run, until
+from tests.contract.test_kernel_denials import icmp, namespace, run, until
+from tests.needs import need_namespaces
 from tests.real_nft import put
 from tests.unit.agent.values import ports
 
@@ -115,8 +116,7 @@ class Pair:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    if reason := missing():
-        pytest.skip(reason)
+    need_namespaces()
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(namespace()) for _ in range(2))
         for pid in (first, second):
@@ -300,8 +300,7 @@ def test_a_service_of_many_links_judges_each_as_if_it_were_the_only_one(pair: Pa
 
 def test_the_bridge_of_the_way_out_is_found_as_it_is() -> None:
     """The node's own end: address, subnet and hardware address; nothing where there is no such bridge."""
-    if reason := missing():
-        pytest.skip(reason)
+    need_namespaces()
     with namespace() as pid:
         space = identify(TaskId("t"), f"/proc/{pid}/ns/net")
         assert run_in(space, lambda: way_out(Calls())) is None
